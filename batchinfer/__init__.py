@@ -1,0 +1,38 @@
+"""Large offline generation jobs with EXAONE and other causal LMs: Parquet in, Parquet out, every row exactly once.
+
+>>> import batchinfer
+>>> job = batchinfer.load_job("jobs/demo.yaml", ["output.path=out/mine"])
+>>> result = batchinfer.run(job)
+>>> batchinfer.verify("out/mine").verdict
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchinfer.cluster.driver import run
+    from batchinfer.cluster.result import JobResult
+    from batchinfer.errors import BatchinferError
+    from batchinfer.job_file import load_job
+    from batchinfer.spec import JobSpec
+    from batchinfer.verify import verify
+
+__all__ = ["BatchinferError", "JobResult", "JobSpec", "load_job", "run", "verify"]
+
+__version__ = "0.1.0"
+
+# Looked up on first use: `import batchinfer` costs nothing, and neither verify nor load_job pays for Ray.
+_HOMES = {
+    "BatchinferError": "batchinfer.errors",
+    "JobResult": "batchinfer.cluster.result",
+    "JobSpec": "batchinfer.spec",
+    "load_job": "batchinfer.job_file",
+    "run": "batchinfer.cluster.driver",
+    "verify": "batchinfer.verify",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'batchinfer' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

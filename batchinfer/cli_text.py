@@ -1,0 +1,208 @@
+"""What the commands print for people; ``--json`` prints the same facts for programs."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from batchinfer.cluster.prepare import Preparation
+from batchinfer.cluster.result import JobResult
+from batchinfer.records import COMPLETION, FINISH_REASON, ROW_ID
+from batchinfer.report import Status
+from batchinfer.telemetry import duration
+from batchinfer.verify import VerifyReport
+
+_MAX_NAMED = 10
+_MAX_PROMPT_CHARACTERS = 200
+_MAX_COMPLETION_CHARACTERS = 600
+
+
+def print_result(result: JobResult) -> None:
+    """The summary table at the end of a run, and the way on."""
+    console = Console(highlight=False)
+    if not result.run_id:
+        console.print(
+            f"{result.output}: everything is committed already: {result.num_rows:,} rows in {result.num_units:,} units"
+            f"{_dead_letters(result.num_dead_letters)}."
+        )
+        return
+    table = _facts(f"{result.output}: {_OUTCOMES[result.outcome]}")
+    before = f" ({result.num_rows_committed_before:,} by earlier runs)" if result.num_rows_committed_before else ""
+    table.add_row("rows committed", f"{result.num_rows_committed:,} of {result.num_rows:,}{before}")
+    table.add_row("units committed", f"{result.num_units_committed:,} of {result.num_units:,}")
+    if result.num_dead_letters:
+        by_type = ", ".join(f"{name} {count:,}" for name, count in sorted(result.dead_letters_by_type.items()))
+        table.add_row("dead letters", f"{result.num_dead_letters:,}{f' ({by_type})' if by_type else ''}")
+    rate = result.num_completion_tokens / result.generation_s if result.generation_s > 0 else 0.0
+    table.add_row("completions", f"{result.num_completions:,}")
+    table.add_row("prompt tokens", f"{result.num_prompt_tokens:,}")
+    table.add_row("completion tokens", f"{result.num_completion_tokens:,} ({rate:,.0f}/s)")
+    start_s = result.elapsed_s - result.generation_s
+    table.add_row("time", f"{duration(result.elapsed_s)} ({duration(start_s)} until the first replica was ready)")
+    if result.num_replicas_died:
+        table.add_row("replicas died", f"{result.num_replicas_died}")
+    table.add_row("run", result.run_id)
+    console.print(table)
+    for unit in result.given_up[:_MAX_NAMED]:
+        console.print(f"[red]not committed[/red] unit {unit.unit_id} of {unit.shard}: {unit.error}", soft_wrap=True)
+    for path in result.unreadable_shards[:_MAX_NAMED]:
+        console.print(f"[red]unreadable shard[/red] {path}: none of its rows was planned", soft_wrap=True)
+    if result.outcome == "unfinished":
+        console.print("Run the same command again to try what is left.")
+    if result.num_dead_letters:
+        console.print(f"The dead letters are in {result.output}/errors, each with its input row and the reason.")
+
+
+def print_plan(preparation: Preparation) -> None:
+    """What ``run`` would do."""
+    spec, plan = preparation.spec, preparation.plan
+    console = Console(highlight=False)
+    table = _facts(f"{spec.name}: {'a new output' if preparation.is_new else 'continues'} at {preparation.output}")
+    table.add_row("model", f"{spec.model.path} ({spec.model.dtype}, up to {preparation.facts.max_model_len:,} tokens)")
+    table.add_row("input", ", ".join(spec.input.paths))
+    table.add_row("shards", f"{len(plan.shards):,}")
+    table.add_row("rows", f"{plan.num_rows:,}")
+    table.add_row("units", f"{len(plan.units):,} of up to {spec.execution.rows_per_unit:,} rows")
+    table.add_row("committed", f"{preparation.num_units_committed:,} units, {preparation.num_rows_committed:,} rows")
+    table.add_row("to generate", f"{len(preparation.pending):,} units, {_num_pending_rows(preparation):,} rows")
+    if preparation.num_dead_letters:
+        table.add_row("dead letters", f"{preparation.num_dead_letters:,}")
+    table.add_row("passed through", ", ".join(preparation.facts.output_columns) or "no column")
+    table.add_row("fingerprint", preparation.fingerprint.digest)
+    console.print(table)
+    for shard in plan.unreadable[:_MAX_NAMED]:
+        console.print(f"[red]unreadable shard[/red] {shard.path}: {shard.error}", soft_wrap=True)
+    if preparation.superseded:
+        console.print(
+            f"[yellow]{len(preparation.superseded)} committed units[/yellow] belong to shards that have changed; their "
+            "parts would move to _job/superseded."
+        )
+
+
+def plan_json(preparation: Preparation) -> dict[str, object]:
+    """The same facts for ``plan --json``."""
+    plan = preparation.plan
+    return {
+        "name": preparation.spec.name,
+        "output": str(preparation.output),
+        "is_new": preparation.is_new,
+        "fingerprint": preparation.fingerprint.digest,
+        "max_model_len": preparation.facts.max_model_len,
+        "num_shards": len(plan.shards),
+        "num_rows": plan.num_rows,
+        "num_units": len(plan.units),
+        "num_units_committed": preparation.num_units_committed,
+        "num_rows_committed": preparation.num_rows_committed,
+        "num_units_pending": len(preparation.pending),
+        "num_rows_pending": _num_pending_rows(preparation),
+        "num_dead_letters": preparation.num_dead_letters,
+        "output_columns": list(preparation.facts.output_columns),
+        "superseded_units": list(preparation.superseded),
+        "unreadable_shards": [{"path": shard.path, "error": shard.error} for shard in plan.unreadable],
+        "retired_shards": [shard.path for shard in plan.retired],
+    }
+
+
+def print_status(status: Status) -> None:
+    """How far an output is."""
+    console = Console(highlight=False)
+    table = _facts(f"{status.name} at {status.output}: {_STATES[status.state]}")
+    table.add_row("rows committed", f"{status.num_rows_committed:,} of {status.num_rows:,}")
+    table.add_row("units committed", f"{status.num_units_committed:,} of {status.num_units:,}")
+    table.add_row("dead letters", f"{status.num_dead_letters:,}")
+    unreadable = f" ({status.num_unreadable_shards:,} unreadable)" if status.num_unreadable_shards else ""
+    table.add_row("shards", f"{status.num_shards:,}{unreadable}")
+    table.add_row("fingerprint", status.fingerprint)
+    if status.holder is not None:
+        holder = status.holder
+        table.add_row(
+            "held by", f"run {holder.run_id}, host {holder.host}, process {holder.pid}, last beat {holder.heartbeat_at}"
+        )
+    if status.last_run is not None:
+        run = status.last_run
+        table.add_row(
+            "last run",
+            f"{run.run_id}: {run.num_units_committed:,} units, {run.num_completion_tokens:,} tokens "
+            f"({run.completion_tokens_per_s:,.0f}/s), {run.num_replicas_died} replicas died, "
+            f"{run.num_unit_failures} unit failures; {run.last_event} at {run.last_event_at}",
+        )
+    console.print(table)
+
+
+def print_verification(report: VerifyReport) -> None:
+    """The verdict, and what led to it."""
+    console = Console(highlight=False)
+    table = _facts(f"{report.output}: {_VERDICTS[report.verdict]}")
+    table.add_row("planned rows", f"{report.num_rows:,} in {report.num_shards:,} shards")
+    table.add_row("rows with completions", f"{report.num_rows_completed:,} ({report.num_completions:,} completions)")
+    by_type = ", ".join(f"{name} {count:,}" for name, count in sorted(report.dead_letters_by_type.items()))
+    table.add_row("dead letters", f"{report.num_dead_letters:,}{f' ({by_type})' if by_type else ''}")
+    table.add_row("units committed", f"{report.num_units_committed:,} of {report.num_units:,}")
+    console.print(table)
+    for kind, count in Counter(finding.kind for finding in report.findings).items():
+        console.print(f"[red]{kind}[/red]: {count:,}")
+        for finding in [it for it in report.findings if it.kind == kind][:_MAX_NAMED]:
+            console.print(f"  {finding.where}: {finding.detail}", soft_wrap=True, markup=False)
+        if count > _MAX_NAMED:
+            console.print(f"  and {count - _MAX_NAMED:,} more (--json names all)")
+
+
+def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
+    """Prompt and completion of each row, long ones shortened."""
+    console = Console(highlight=False)
+    for row in rows:
+        console.rule(f"{row.get(ROW_ID)}  {row.get(FINISH_REASON)}", align="left", style="dim")
+        prompt = _shortened(_prompt_of(row), _MAX_PROMPT_CHARACTERS)
+        completion = _shortened(str(row.get(COMPLETION)), _MAX_COMPLETION_CHARACTERS)
+        console.print(prompt, style="cyan", markup=False)
+        console.print(completion, markup=False)
+
+
+_OUTCOMES = {
+    "complete": "[green]every row is committed[/green]",
+    "dead_letters": "[yellow]finished, dead letters remain[/yellow]",
+    "unfinished": "[red]units remain[/red]",
+}
+_STATES = {
+    "running": "[cyan]a run is working on it[/cyan]",
+    "complete": "[green]every row is committed[/green]",
+    "dead_letters": "[yellow]finished, dead letters remain[/yellow]",
+    "unfinished": "[yellow]not finished, nobody is working on it[/yellow]",
+}
+_VERDICTS = {
+    "complete": "[green]complete: every row is in the output exactly once[/green]",
+    "complete_with_dead_letters": "[yellow]complete, with dead letters: every row is in the output or in errors, once[/yellow]",
+    "incomplete": "[yellow]incomplete: run again[/yellow]",
+    "damaged": "[red]damaged[/red]",
+}
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _dead_letters(count: int) -> str:
+    return f", {count:,} of them dead letters" if count else ""
+
+
+def _num_pending_rows(preparation: Preparation) -> int:
+    return sum(unit.num_rows for unit in preparation.pending)
+
+
+def _prompt_of(row: Mapping[str, object]) -> str:
+    """The last user message, or the first text column: what a person would call the prompt."""
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        return str(messages[-1].get("content"))
+    for name in ("prompt", "text", "question", "instruction"):
+        if isinstance(row.get(name), str):
+            return str(row[name])
+    return next((value for name, value in row.items() if isinstance(value, str) and name != ROW_ID), "")
+
+
+def _shortened(text: str, max_characters: int) -> str:
+    return text if len(text) <= max_characters else f"{text[: max_characters - 1]}…"

@@ -1,0 +1,68 @@
+"""A replica's engine: weights on a device with the engine that suits them, or the fake one without a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchinfer.cluster.messages import ReplicaSetup
+from batchinfer.detokenise import Detokenizer
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.fake import FakeBehaviour, FakeEngine
+from batchinfer.models.files import max_model_len, read_config
+
+_FAKE_VOCAB_SIZE = 32000
+_FAKE_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine ready to be driven, and what its replica must know of the model behind it."""
+
+    engine: Engine
+    name: str
+    device: str
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_model_len: int
+
+
+def load_engine(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer | None) -> LoadedEngine:
+    """The engine the job asks for, on the replica's device; seconds to minutes.
+
+    Raises ModelError when directory, family, device or memory do not do.
+    """
+    spec = setup.spec
+    kind = spec.engine.kind
+    if kind == "fake":
+        return _load_fake(setup, directory, detokenizer)
+    # Both import torch, which the fake engine does without.
+    from batchinfer.engine.build import build_engine
+    from batchinfer.models.loading import load_model
+
+    device = "cuda" if spec.model.device == "cuda" or (spec.model.device == "auto" and setup.num_gpus) else "cpu"
+    loaded = load_model(directory, dtype=spec.model.dtype, device=device, max_model_len=spec.model.max_model_len)
+    engine = build_engine(
+        kind,
+        loaded,
+        decode=detokenizer.decode if detokenizer is not None else None,
+        max_batch_rows=spec.engine.max_batch_rows,
+        max_batch_tokens=spec.engine.max_batch_tokens,
+    )
+    return LoadedEngine(engine, "padded", device, loaded.eos_token_ids, loaded.vocab_size, loaded.max_model_len)
+
+
+def _load_fake(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer | None) -> LoadedEngine:
+    fake = setup.spec.engine.fake
+    vocab_size, num_reserved = detokenizer.plain_ids() if detokenizer is not None else (_FAKE_VOCAB_SIZE, 0)
+    behaviour = FakeBehaviour(
+        tokens_per_s=fake.tokens_per_s,
+        start_s=fake.start_s,
+        error_rate=fake.error_rate,
+        crash_rate=fake.crash_rate,
+        poison_token_id=fake.poison_token_id,
+        fault_seed=setup.fault_seed,
+    )
+    engine = FakeEngine(
+        behaviour, vocab_size=vocab_size, reserved=num_reserved, capacity=setup.spec.engine.max_batch_rows or _FAKE_ROWS
+    )
+    limit = max_model_len(read_config(directory), setup.spec.model.max_model_len)
+    return LoadedEngine(engine, "fake", "none", (), vocab_size, limit)

@@ -1,0 +1,180 @@
+"""Everything decided before a GPU is taken: is the job right, what does its output hold, which units are left.
+
+Only reads. ``plan`` stops here; ``run`` goes on from it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchinfer.cluster.tally import Tally
+from batchinfer.errors import FingerprintMismatch, ModelError
+from batchinfer.fingerprint import Fingerprint, diff, fingerprint
+from batchinfer.models.files import check_config_files, max_model_len, read_config
+from batchinfer.models.identity import tokenizer_identity
+from batchinfer.models.locate import Preflight, locate_model, preflight
+from batchinfer.planner import InputPlan, check_output_apart, columns_to_read, merge_plans, plan_input
+from batchinfer.prompts.columns import check_schema, required_columns
+from batchinfer.records import Plan, WorkUnit
+from batchinfer.spec import JobSpec
+from batchinfer.storage.filesystem import download_tree, locate
+from batchinfer.storage.layout import check_usable, committed_units, count_dead_letters, read_job, read_plan
+from batchinfer.storage.location import Location
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """What follows from job file, model and input alone, whatever the output holds."""
+
+    spec: JobSpec
+    model: Preflight
+    fingerprint: Fingerprint
+    max_model_len: int
+    input: InputPlan
+    #: Columns to read with their types, and those of them that are passed through.
+    schema: pa.Schema
+    output_columns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """A job held against its output. ``plan`` is what the output is to hold after this run."""
+
+    facts: JobFacts
+    output: Location
+    plan: Plan
+    #: plan.parquet is missing or says something else.
+    plan_changed: bool
+    #: The output holds no job yet.
+    is_new: bool
+    #: Committed units of shards that have changed since; their parts leave the product.
+    superseded: tuple[str, ...]
+    pending: tuple[WorkUnit, ...]
+    num_units_committed: int
+    num_rows_committed: int
+    num_dead_letters: int
+
+    @property
+    def spec(self) -> JobSpec:
+        return self.facts.spec
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.facts.fingerprint
+
+    def tally(self) -> Tally:
+        """A count that starts from what the output holds."""
+        return Tally(
+            num_rows=self.plan.num_rows,
+            num_units=len(self.plan.units),
+            num_rows_before=self.num_rows_committed,
+            num_units_before=self.num_units_committed,
+            num_dead_letters_before=self.num_dead_letters,
+            samples_per_row=self.spec.sampling.n,
+        )
+
+
+def prepare(spec: JobSpec) -> Preparation:
+    """Check the job from every side that needs no GPU, and find what is left to do. Writes nothing to the output.
+
+    Raises:
+        JobError: job file, model, input or output are wrong; says where and the way out.
+        StorageUnavailable: input or output cannot be reached just now.
+    """
+    check_output_apart(spec.input.paths, spec.output.path)
+    output = locate(spec.output.path, spec.output.storage_options)
+    check_usable(output)
+    return compare_with_output(look_at_job(spec), output)
+
+
+def look_at_job(spec: JobSpec) -> JobFacts:
+    """Model and input of a job; reads the model's small files and the shards' footers."""
+    model = _look_at_model(spec)
+    found = plan_input(spec.input.paths, spec.input.storage_options, spec.execution.rows_per_unit)
+    for each in found.schemas:
+        check_schema(spec.prompt, spec.sampling, each.schema, f"shard {each.example.path}")
+    schema, output_columns = columns_to_read(found.schemas, required_columns(spec.prompt), spec.output.columns)
+    return JobFacts(
+        spec=spec,
+        model=model,
+        fingerprint=fingerprint(spec, model.identity),
+        max_model_len=_limit(spec, model.directory),
+        input=found,
+        schema=schema,
+        output_columns=output_columns,
+    )
+
+
+def compare_with_output(facts: JobFacts, output: Location) -> Preparation:
+    """Hold a job against what its output holds at this moment.
+
+    Raises:
+        FingerprintMismatch: the output was begun by a job that generates something else; lists the differences.
+    """
+    job = read_job(output)
+    if job is not None:
+        _refuse_other_job(facts.fingerprint, job, output)
+    committed = committed_units(output)
+    before = read_plan(output)
+    merged = merge_plans(before, facts.input.plan, committed)
+    done = [unit for unit in merged.plan.units if unit.unit_id in committed]
+    return Preparation(
+        facts=facts,
+        output=output,
+        plan=merged.plan,
+        plan_changed=job is None or before is None or _shape(before) != _shape(merged.plan),
+        is_new=job is None,
+        superseded=merged.superseded_units,
+        pending=tuple(unit for unit in merged.plan.units if unit.unit_id not in committed),
+        num_units_committed=len(done),
+        num_rows_committed=sum(unit.num_rows for unit in done),
+        num_dead_letters=count_dead_letters(output, committed - set(merged.superseded_units)),
+    )
+
+
+def _look_at_model(spec: JobSpec) -> Preflight:
+    fetch = partial(_fetch, spec)
+    needs_tokenizer = spec.prompt.token_ids is None
+    if spec.engine.kind != "fake":
+        return preflight(spec.model.path, spec.model.revision, needs_tokenizer=needs_tokenizer, fetch=fetch)
+    # The fake engine needs a tokenizer at most, so a directory without weights will do.
+    directory = locate_model(spec.model.path, spec.model.revision, fetch=fetch)
+    check_config_files(directory, needs_tokenizer=needs_tokenizer)
+    return Preflight(directory, None, tokenizer_identity(directory))
+
+
+def _fetch(spec: JobSpec, uri: str, target: Path) -> None:
+    download_tree(uri, target, spec.model.storage_options)
+
+
+def _limit(spec: JobSpec, directory: Path) -> int:
+    limit = max_model_len(read_config(directory), spec.model.max_model_len)
+    if spec.sampling.min_new_tokens >= limit:
+        raise ModelError(
+            f"sampling.min_new_tokens {spec.sampling.min_new_tokens} leaves no room for a prompt in the model's "
+            f"{limit} tokens; lower it"
+        )
+    return limit
+
+
+def _refuse_other_job(ours: Fingerprint, job: dict[str, object], output: Location) -> None:
+    if job.get("fingerprint") == ours.digest:
+        return
+    parts = job.get("fingerprint_parts")
+    theirs = {str(name): str(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
+    differences = "\n".join(f"  {line}" for line in diff(theirs, ours.parts))
+    raise FingerprintMismatch(
+        f"{output} was begun by a job that generates something else:\n{differences}\n"
+        "Change the job back, or choose another output.path."
+    )
+
+
+def _shape(plan: Plan) -> tuple[object, ...]:
+    """What plan.parquet must say; uris may differ, since an input may move."""
+    return (
+        tuple((shard.shard_id, shard.rows_per_unit) for shard in plan.shards),
+        tuple((shard.shard_id, shard.rows_per_unit) for shard in plan.retired),
+        tuple((shard.path, shard.size_bytes) for shard in plan.unreadable),
+    )

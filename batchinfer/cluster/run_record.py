@@ -1,0 +1,129 @@
+"""What a run writes into ``_job/``: plan and job when its first replica is ready, and events as they happen."""
+
+import logging
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+
+from batchinfer import __version__
+from batchinfer.cluster.prepare import Preparation
+from batchinfer.fingerprint import redacted_spec
+from batchinfer.records import UnitResult
+from batchinfer.storage.events import EventLog, EventValue, open_event_log
+from batchinfer.storage.layout import clear_staging, set_aside, write_job, write_plan
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("ray", "torch", "transformers", "pyarrow", "fsspec")
+
+#: What a reader of the output may expect when it generates a row again.
+_REPRODUCIBILITY = {
+    "sampling": "a function of (seed, row_id, sample, position); not of batch, replica, order or restart",
+    "float32": "equal on every batch shape, but for candidates that tie to about 1e-6",
+    "bfloat16": "not bitwise equal between batch shapes: rounding may flip near-ties, after which texts diverge",
+    "float16": "not bitwise equal between batch shapes: rounding may flip near-ties, after which texts diverge",
+}
+
+
+class RunRecord:
+    """Context manager around a run. Until :meth:`begin` events are held back and nothing is written."""
+
+    def __init__(self, preparation: Preparation, run_id: str) -> None:
+        self._preparation = preparation
+        self._run_id = run_id
+        self._log: EventLog | None = None
+        self._held_back: list[tuple[str, dict[str, EventValue]]] = []
+        self.event(
+            "run_started",
+            run=run_id,
+            host=platform.node(),
+            num_units_pending=len(preparation.pending),
+            num_units_committed=preparation.num_units_committed,
+        )
+
+    def __enter__(self) -> "RunRecord":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def begin(self) -> None:
+        """Write plan and job and open the event log; nothing happens the second time.
+
+        The plan comes first: job.json is what makes the directory an output, and it must not be one without a
+        plan. A crash in between leaves a plan that the next run replaces.
+        """
+        if self._log is not None:
+            return
+        preparation = self._preparation
+        clear_staging(preparation.output)
+        if preparation.superseded:
+            logger.warning(
+                "%d parts of shards that have changed since move to _job/superseded: %s",
+                len(preparation.superseded),
+                ", ".join(sorted(preparation.superseded)[:5]),
+            )
+            set_aside(preparation.output, preparation.superseded)
+        if preparation.plan_changed:
+            write_plan(preparation.output, preparation.plan)
+        if preparation.is_new:
+            write_job(preparation.output, self._job())
+        self._log = open_event_log(preparation.output, self._run_id)
+        held_back, self._held_back = self._held_back, []
+        for kind, facts in held_back:
+            self._log.write(kind, **facts)
+
+    def event(self, kind: str, **facts: EventValue) -> None:
+        """Write one event: counts and ids, never a row's text."""
+        if self._log is None:
+            self._held_back.append((kind, facts))
+        else:
+            self._log.write(kind, **facts)
+
+    def unit_committed(self, replica_id: int, result: UnitResult) -> None:
+        """The event that status and report count by."""
+        self.event(
+            "unit_committed",
+            replica=replica_id,
+            unit=result.unit_id,
+            num_rows=result.num_rows,
+            num_completions=result.num_completions,
+            num_dead_letters=result.num_dead_letters,
+            num_prompt_tokens=result.num_prompt_tokens,
+            num_completion_tokens=result.num_completion_tokens,
+            elapsed_s=round(result.elapsed_s, 3),
+            already_committed=result.already_committed,
+        )
+
+    def _job(self) -> dict[str, object]:
+        preparation = self._preparation
+        spec = preparation.spec
+        return {
+            "name": spec.name,
+            "fingerprint": preparation.fingerprint.digest,
+            "fingerprint_parts": preparation.fingerprint.parts,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "n": spec.sampling.n,
+            "sampling_column": spec.prompt.sampling_column,
+            "reproducibility": {
+                "sampling": _REPRODUCIBILITY["sampling"],
+                spec.model.dtype: _REPRODUCIBILITY[spec.model.dtype],
+            },
+            "versions": {"batchinfer": __version__, "python": platform.python_version(), **_versions()},
+            "spec": redacted_spec(spec),
+        }
+
+
+def _versions() -> dict[str, str]:
+    """Versions on the driver's machine, read from package metadata so that nothing heavy is imported."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found

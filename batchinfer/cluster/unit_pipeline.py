@@ -1,0 +1,150 @@
+"""The way of one work unit through a replica: read, render and tokenise, generate, detokenise, publish.
+
+Every unit walks it on a thread of its own, from top to bottom; only the generation happens elsewhere, on the
+engine's thread, where the rows of all units in flight share the batch. Here engine and storage meet.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from batchinfer.cluster.engine_loop import EngineLoop
+from batchinfer.cluster.messages import Assignment
+from batchinfer.detokenise import Detokenizer
+from batchinfer.engine.engine import Generation, Sequence
+from batchinfer.engine.stopping import cut_text
+from batchinfer.prompts.renderer import PromptRenderer
+from batchinfer.records import Completion, Prompt, RowError, UnitResult
+from batchinfer.storage.location import Location
+from batchinfer.storage.reader import ParquetReader, UnitRows
+from batchinfer.storage.writer import PartFormat, PublishOutcome, publish_unit
+
+#: Dead letter of a row behind the damage in a corrupt shard.
+SHARD_CORRUPT = "shard_corrupt"
+
+#: Units read and tokenised at the same time; more would only hold more rows in memory.
+MAX_PREPARING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """How token ids of a completion become its text; ``detokenizer`` is None for a model without a tokenizer."""
+
+    detokenizer: Detokenizer | None
+    eos_token_ids: frozenset[int]
+
+    def of(self, generations: SequenceOf[Generation]) -> list[str]:
+        """One text each, without the id or the string that stopped it; empty without a tokenizer."""
+        detokenizer = self.detokenizer
+        if detokenizer is None:
+            return [""] * len(generations)
+        texts = detokenizer.decode_batch([self._without_stop_id(generation) for generation in generations])
+        return [self._cut(text, generation) for text, generation in zip(texts, generations, strict=True)]
+
+    def _without_stop_id(self, generation: Generation) -> SequenceOf[int]:
+        token_ids = generation.token_ids
+        if generation.finish_reason != "stop" or not token_ids:
+            return token_ids
+        is_stop_id = token_ids[-1] in self.eos_token_ids or (
+            token_ids[-1] in generation.sequence.prompt.sampling.stop_token_ids
+        )
+        return token_ids[:-1] if is_stop_id else token_ids
+
+    def _cut(self, text: str, generation: Generation) -> str:
+        sampling = generation.sequence.prompt.sampling
+        if not sampling.stop or generation.finish_reason != "stop" or self.detokenizer is None:
+            return text
+        ignored = generation.token_ids[: sampling.min_new_tokens]
+        return cut_text(text, sampling.stop, len(self.detokenizer.decode(ignored)) if ignored else 0)
+
+
+class UnitPipeline:
+    """Runs units of one job through one engine. Any number of threads may call :meth:`run` at once."""
+
+    def __init__(
+        self,
+        *,
+        reader: ParquetReader,
+        renderer: PromptRenderer,
+        engine_loop: EngineLoop,
+        texts: Texts,
+        output: Location,
+        part: PartFormat,
+    ) -> None:
+        self._reader = reader
+        self._renderer = renderer
+        self._engine_loop = engine_loop
+        self._texts = texts
+        self._output = output
+        self._part = part
+        self._preparing = threading.BoundedSemaphore(MAX_PREPARING)
+
+    def run(self, assignment: Assignment) -> UnitResult:
+        """Generate the unit and commit it, whatever becomes of its single rows. May be repeated at any time.
+
+        Raises:
+            StorageUnavailable, OutputError: shard or output cannot be reached.
+            EngineFailed: the engine is unusable, and this replica with it.
+        """
+        started_s = time.monotonic()
+        with self._preparing:
+            rows = self._reader.read_unit(assignment.shard, assignment.unit)
+            prompts, errors = self._prompts(assignment, rows)
+        # A crash here loses tokens, never rows: nothing of the unit is on disk before publish_unit.
+        generations = self._engine_loop.generate(
+            Sequence(prompt, sample) for prompt in prompts for sample in range(prompt.sampling.n)
+        )
+        failed = {gen.error.row_id: gen.error for gen in generations if gen.error is not None}
+        errors.extend(failed.values())
+        # A row with one failed sample is a dead letter as a whole; its other samples would be half a row.
+        completions = self._completions([gen for gen in generations if gen.sequence.prompt.row_id not in failed])
+        outcome = publish_unit(self._output, assignment.unit, rows.table, completions, errors, self._part)
+        return _result(assignment, completions, errors, outcome, time.monotonic() - started_s)
+
+    def _prompts(self, assignment: Assignment, rows: UnitRows) -> tuple[list[Prompt], list[RowError]]:
+        unit = assignment.unit
+        num_rows = rows.table.num_rows
+        rendered = self._renderer.render(rows.table, [unit.row_id(offset) for offset in range(num_rows)])
+        prompts = [item for item in rendered if isinstance(item, Prompt)]
+        errors = [item for item in rendered if isinstance(item, RowError)]
+        errors += [
+            RowError(unit.row_id(offset), SHARD_CORRUPT, str(rows.error), assignment.attempt)
+            for offset in range(num_rows, unit.num_rows)
+        ]
+        return prompts, errors
+
+    def _completions(self, generations: SequenceOf[Generation]) -> list[Completion]:
+        return [
+            Completion(
+                row_id=generation.sequence.prompt.row_id,
+                sample=generation.sequence.sample,
+                text=text,
+                token_ids=generation.token_ids,
+                finish_reason=generation.finish_reason,
+                num_prompt_tokens=len(generation.sequence.prompt.token_ids),
+                logprobs=generation.logprobs,
+            )
+            for generation, text in zip(generations, self._texts.of(generations), strict=True)
+        ]
+
+
+def _result(
+    assignment: Assignment,
+    completions: SequenceOf[Completion],
+    errors: SequenceOf[RowError],
+    outcome: PublishOutcome,
+    elapsed_s: float,
+) -> UnitResult:
+    return UnitResult(
+        unit_id=assignment.unit.unit_id,
+        num_rows=assignment.unit.num_rows,
+        num_completions=len(completions),
+        num_dead_letters=len(errors),
+        num_prompt_tokens=sum(completion.num_prompt_tokens for completion in completions if completion.sample == 0),
+        num_completion_tokens=sum(len(completion.token_ids) for completion in completions),
+        elapsed_s=elapsed_s,
+        already_committed=outcome is PublishOutcome.ALREADY_COMMITTED,
+        dead_letters_by_type=dict(Counter(error.error_type for error in errors)),
+    )

@@ -1,0 +1,86 @@
+"""The seam every engine stands behind: sequences go in, generations come out, one step at a time.
+
+An engine is driven by one thread, which alone calls its methods. It never touches rows, files or Ray, and
+runs with torch, transformers, triton and the standard library alone.
+"""
+
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+from batchinfer.records import FinishReason, Prompt, RowError, TokenLogprobs
+
+#: Token ids of one sequence -> text, special tokens skipped; used for stop strings only.
+Decode = Callable[[SequenceOf[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One sample of one prompt. Its tokens depend on (seed, row_id, sample, position) and on nothing else."""
+
+    prompt: Prompt
+    sample: int = 0
+
+    @property
+    def sequence_id(self) -> tuple[str, int]:
+        return (self.prompt.row_id, self.sample)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A sequence's end. ``token_ids`` are the new tokens only, the stop token that ended it included.
+
+    With ``error`` set the sequence could not be generated (it alone does not fit the device, say) and
+    ``finish_reason`` means nothing.
+    """
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Running totals since the engine was made, and what it holds now."""
+
+    num_steps: int = 0
+    num_active: int = 0
+    num_waiting: int = 0
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    num_padding_tokens: int = 0
+    num_preemptions: int = 0
+    num_finished: int = 0
+
+
+class Engine(Protocol):
+    """What the replica drives. Every call comes from the same thread."""
+
+    @property
+    def capacity(self) -> int:
+        """Sequences the engine can work on at once; the replica keeps about twice as many submitted."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences submitted and neither returned nor aborted."""
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Take sequences; order between them is the engine's to choose. Never blocks."""
+
+    def step(self) -> list[Generation]:
+        """Advance the sequences in hand by one forward pass (or admit new ones); return those that ended.
+
+        Returns an empty list when there is nothing to do. An exception leaves the engine unusable.
+        """
+
+    def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
+        """Forget these sequences; unknown ids are ignored."""
+
+    def stats(self) -> EngineStats:
+        """Totals for progress and metrics. May be called from any thread."""
+
+    def close(self) -> None:
+        """Give device memory back."""

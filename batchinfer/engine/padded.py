@@ -1,0 +1,419 @@
+"""The reference engine: any transformers causal LM, in one left-padded batch that rows join and leave.
+
+A step is either the prefill of a group of waiting rows or one token for every row of the batch. Which of the
+two is decided in ``batching``; where KV lives is ``padded_cache``'s; which token comes next is the sampler's.
+Running out of memory costs work, never results: all rows go back to waiting with what they have generated,
+the limits are halved, and each continues from a prefill of its prompt and its own tokens.
+"""
+
+import inspect
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from batchinfer.engine import batching
+from batchinfer.engine.batching import BatchLimits, BatchShape, RowShape
+from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
+from batchinfer.engine.padded_cache import PaddedCache
+from batchinfer.engine.padded_limits import check_layers, default_limits
+from batchinfer.engine.randomness import stream_key
+from batchinfer.engine.sampler import Sampled, Sampler, SamplerRow
+from batchinfer.engine.stopping import StopMatcher
+from batchinfer.records import FinishReason, RowError, TokenLogprobs
+
+#: What a completion's length is expected to be before any has ended, and how many ended ones that guess counts for.
+_PRIOR_NEW_TOKENS = 64
+_PRIOR_WEIGHT = 8
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A sequence and how far it has come; lives from submit to its end, through any preemption."""
+
+    sequence: Sequence
+    arrival: int
+    key: int
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    matcher: StopMatcher | None
+    generated: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    admission: int = -1
+    has_ended: bool = False
+    has_failed_alone: bool = False
+
+    @property
+    def length(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.sequence.prompt.token_ids) + len(self.generated)
+
+    @property
+    def shape(self) -> RowShape:
+        return RowShape(self.length, self.max_new_tokens - len(self.generated))
+
+
+class PaddedEngine:
+    """``Engine`` over a transformers model in eval mode; see the module's text.
+
+    Greedy completions equal ``model.generate`` of each prompt alone. A sampled token depends on its logits and
+    on (seed, row_id, sample, position) only, so what batches can change is the logits' last bits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Iterable[int],
+        pad_token_id: int,
+        max_model_len: int,
+        decode: Decode | None = None,
+        max_batch_rows: int | None = None,
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        """``decode`` is needed by sequences with stop strings only. Limits left out come from the device.
+
+        Raises ModelError for a model whose layers keep something else than keys and values.
+        """
+        check_layers(model.config)
+        config = model.config.get_text_config()
+        self._model = model
+        self._device = model.device
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._pad_token_id = pad_token_id
+        self._max_model_len = max_model_len
+        self._decode = decode
+        self._limits = default_limits(model, max_batch_rows, max_batch_tokens)
+        self._capacity = self._limits.max_rows
+        self._accepted = _accepted_arguments(model)
+        self._cache = PaddedCache(config.num_hidden_layers, self._limits.max_rows, self._limits.max_tokens)
+        self._sampler = Sampler(config.vocab_size, self._device)
+        self._waiting: list[_Row] = []
+        self._rows: list[_Row] = []
+        #: Ends that no step has returned yet.
+        self._ended: list[Generation] = []
+        #: Device side of the rows: next input token and tokens in the KV cache; None after the rows changed.
+        self._tokens_R: torch.Tensor | None = None
+        self._lengths_R: torch.Tensor | None = None
+        self._num_arrivals = 0
+        self._num_admissions = 0
+        self._stats = EngineStats()
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def limits(self) -> BatchLimits:
+        """What the batch may hold now; halved by every out-of-memory error."""
+        return self._limits
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting) + len(self._rows) + len(self._ended)
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self._submit_one(sequence)
+        capacity = self._capacity
+        self._waiting.sort(key=lambda row: batching.order_key(row.arrival, row.length, capacity))
+        self._count()
+
+    @torch.inference_mode()
+    def step(self) -> list[Generation]:
+        joining: list[_Row] = []
+        out_of_memory = False
+        try:
+            self._preempt_overgrown()
+            joining = self._waiting[: self._plan()]
+            if joining:
+                self._prefill(joining)
+            elif self._rows:
+                self._decode_step()
+        except torch.OutOfMemoryError:
+            # Handled below: until this clause ends, the traceback keeps the failed pass's tensors alive.
+            out_of_memory = True
+        if out_of_memory:
+            self._retreat(joining)
+        if not self._rows and not self._waiting:
+            self._cache.release()
+        finished, self._ended = self._ended, []
+        num_tokens = sum(len(generation.token_ids) for generation in finished)
+        self._stats = replace(
+            self._stats,
+            num_steps=self._stats.num_steps + 1,
+            num_finished=self._stats.num_finished + len(finished),
+            num_completion_tokens=self._stats.num_completion_tokens + num_tokens,
+        )
+        self._count()
+        return finished
+
+    def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
+        unwanted = set(sequence_ids)
+        self._waiting = [row for row in self._waiting if row.sequence.sequence_id not in unwanted]
+        self._ended = [end for end in self._ended if end.sequence.sequence_id not in unwanted]
+        self._remove([index for index, row in enumerate(self._rows) if row.sequence.sequence_id in unwanted])
+        self._count()
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def close(self) -> None:
+        self._waiting, self._rows, self._ended = [], [], []
+        self._tokens_R = self._lengths_R = None
+        self._sampler = Sampler(0, self._device)
+        self._cache.release()
+        self._count()
+
+    def _submit_one(self, sequence: Sequence) -> None:
+        prompt, params = sequence.prompt, sequence.prompt.sampling
+        num_prompt_tokens = len(prompt.token_ids)
+        if num_prompt_tokens == 0:
+            self._ended.append(_failure(sequence, "empty_prompt", "the prompt has no tokens"))
+            return
+        if num_prompt_tokens >= self._max_model_len:
+            limit = f"{num_prompt_tokens} prompt tokens leave no room in the model's {self._max_model_len}"
+            self._ended.append(_failure(sequence, "prompt_too_long", limit))
+            return
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        matcher = None
+        if params.stop:
+            if self._decode is None:
+                raise ValueError(f"{prompt.row_id} has stop strings, but the engine was made without decode")
+            matcher = StopMatcher(params.stop, self._decode, params.min_new_tokens)
+        self._waiting.append(
+            _Row(
+                sequence=sequence,
+                arrival=self._num_arrivals,
+                key=stream_key(params.seed, prompt.row_id, sequence.sample),
+                stop_ids=stop_ids,
+                max_new_tokens=min(params.max_new_tokens, self._max_model_len - num_prompt_tokens),
+                matcher=matcher,
+                logprobs=None if params.logprobs is None else [],
+            )
+        )
+        self._num_arrivals += 1
+
+    def _plan(self) -> int:
+        """How many of the first waiting rows join in this step."""
+        return batching.plan_admission(
+            [row.shape for row in self._waiting[: self._capacity]],
+            self._batch_shape(self._rows),
+            self._limits,
+            self._expected_new_tokens(),
+        )
+
+    def _prefill(self, joining: list[_Row]) -> None:
+        """Read the rows' tokens, draw the next token of each; samples of one unread prompt share one reading."""
+        first_of: dict[str, int] = {}
+        prefilled: list[_Row] = []
+        copies: list[_Row] = []
+        copies_of: list[int] = []
+        for row in joining:
+            row_id = row.sequence.prompt.row_id
+            if not row.generated and row_id in first_of:
+                copies.append(row)
+                copies_of.append(first_of[row_id])
+            else:
+                if not row.generated:
+                    first_of[row_id] = len(prefilled)
+                prefilled.append(row)
+        lengths = [row.length for row in prefilled]
+        width = max(lengths)
+        self._cache.open_prefill(len(joining), len(prefilled), width, self._width())
+        tokens = [
+            [self._pad_token_id] * (width - row.length) + [*row.sequence.prompt.token_ids, *row.generated]
+            for row in prefilled
+        ]
+        logits_RV = self._forward(
+            torch.tensor(tokens, device=self._device), torch.tensor(lengths, device=self._device), width
+        )
+        self._cache.close_prefill(len(prefilled), copies_of)
+        if copies_of:
+            order = [*range(len(prefilled)), *copies_of]
+            logits_RV = logits_RV[torch.tensor(order, device=self._device)]
+        group = prefilled + copies
+        # Sampled apart from the batch, whose rows have no logits in this step.
+        sampler = Sampler(self._sampler.vocab_size, self._device)
+        sampler.extend([_sampler_row(row) for row in group])
+        sampled = sampler.sample(logits_RV)
+        del self._waiting[: len(joining)]
+        offset = len(self._rows)
+        for row in group:
+            row.admission = self._num_admissions
+            self._num_admissions += 1
+        num_unread = sum(len(row.sequence.prompt.token_ids) for row in prefilled if not row.generated)
+        self._stats = replace(
+            self._stats,
+            num_prompt_tokens=self._stats.num_prompt_tokens + num_unread,
+            num_padding_tokens=self._stats.num_padding_tokens + width * len(prefilled) - sum(lengths),
+        )
+        self._rows += group
+        self._tokens_R = self._lengths_R = None
+        leaving = self._take_tokens(group, sampled)
+        self._sampler.extend([_sampler_row(row) for row in group])
+        self._remove([offset + index for index in leaving])
+
+    def _decode_step(self) -> None:
+        width = self._width()
+        self._cache.open_decode(width)
+        if self._tokens_R is None or self._lengths_R is None:
+            self._tokens_R = torch.tensor([row.generated[-1] for row in self._rows], device=self._device)
+            self._lengths_R = torch.tensor([row.length for row in self._rows], device=self._device)
+        logits_RV = self._forward(self._tokens_R[:, None], self._lengths_R, width + 1)
+        sampled = self._sampler.sample(logits_RV)
+        self._cache.close_decode()
+        self._tokens_R = sampled.tokens
+        self._lengths_R = self._lengths_R + 1
+        self._remove(self._take_tokens(self._rows, sampled))
+
+    def _forward(self, tokens_RT: torch.Tensor, lengths_R: torch.Tensor, width: int) -> torch.Tensor:
+        """Logits [R, V] after the last token; rows have ``lengths_R`` tokens, these ``T`` included, of ``width``."""
+        columns = torch.arange(width, device=self._device)
+        padding_R1 = (width - lengths_R)[:, None]
+        position_ids_RT = (columns[width - tokens_RT.shape[1] :] - padding_R1).clamp(min=0)
+        arguments = {
+            "input_ids": tokens_RT,
+            "attention_mask": (columns >= padding_R1).long(),
+            "past_key_values": self._cache,
+            "use_cache": True,
+            "position_ids": position_ids_RT,
+            "logits_to_keep": 1,
+        }
+        output = self._model(**{name: value for name, value in arguments.items() if name in self._accepted})
+        logits_RV: torch.Tensor = output.logits[:, -1]
+        return logits_RV
+
+    def _take_tokens(self, rows: SequenceOf[_Row], sampled: Sampled) -> list[int]:
+        """Give each row its token; the indices of those that ended with it."""
+        leaving: list[int] = []
+        for index, row in enumerate(rows):
+            end: Generation | None
+            if not sampled.is_finite[index]:
+                cause = "the model's logits are NaN or infinite; bfloat16 or float32 avoids overflow of float16"
+                end = _failure(row.sequence, "not_finite", cause)
+            else:
+                row.generated.append(sampled.token_ids[index])
+                if row.logprobs is not None:
+                    row.logprobs.append(sampled.logprobs[index])
+                reason = _finish_reason(row)
+                end = None if reason is None else _generation(row, reason)
+            if end is not None:
+                # Marked at once: a lack of memory later in this step must not start the row again.
+                row.has_ended = True
+                self._ended.append(end)
+                leaving.append(index)
+        return leaving
+
+    def _remove(self, leaving: SequenceOf[int]) -> None:
+        """Close the gaps that the leaving rows make, in the rows, the cache and the sampler alike."""
+        if not leaving:
+            return
+        num_left = len(self._rows) - len(leaving)
+        moves = batching.fill_holes(len(self._rows), leaving)
+        order = list(range(num_left))
+        for target, source in moves:
+            order[target] = source
+        self._rows = [self._rows[index] for index in order]
+        self._sampler.select(order)
+        self._cache.remove_rows(moves, num_left)
+        self._tokens_R = self._lengths_R = None
+
+    def _preempt_overgrown(self) -> None:
+        """Send rows back to waiting while the batch would outgrow ``max_tokens``."""
+        lengths = [row.length for row in self._rows]
+        preempted = batching.choose_preempted(lengths, [row.admission for row in self._rows], self._limits)
+        self._wait_again([self._rows[index] for index in preempted])
+        self._remove(preempted)
+
+    def _retreat(self, joining: list[_Row]) -> None:
+        """After an out-of-memory error: forget all KV, halve the limits, start over from the rows' tokens.
+
+        A row that was alone cannot be made smaller: it gets one more try, without what the cache held in
+        reserve, then it ends with an error. The limits stay.
+        """
+        running = [row for row in self._rows if not row.has_ended]
+        attempted = running + [row for row in joining if not row.has_ended and row not in running]
+        if len(attempted) == 1 and attempted[0].has_failed_alone:
+            only = attempted[0]
+            running = []
+            self._waiting = [row for row in self._waiting if row is not only]
+            cause = f"{only.length} tokens do not fit the device's memory even alone; lower max_model_len"
+            self._ended.append(_failure(only.sequence, "out_of_memory", cause))
+        elif len(attempted) == 1:
+            attempted[0].has_failed_alone = True
+        elif attempted:
+            num_prefill_tokens = len(joining) * max((row.length for row in joining), default=0)
+            self._limits = batching.limits_after_out_of_memory(
+                self._limits, self._batch_shape(attempted), num_prefill_tokens, self._expected_new_tokens()
+            )
+        self._rows = []
+        self._tokens_R = self._lengths_R = None
+        self._sampler.select([])
+        self._cache.release()
+        self._cache.max_tokens = self._limits.max_tokens
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._wait_again(running)
+
+    def _wait_again(self, rows: list[_Row]) -> None:
+        if rows:
+            self._waiting += rows
+            capacity = self._capacity
+            self._waiting.sort(key=lambda row: batching.order_key(row.arrival, row.length, capacity))
+            self._stats = replace(self._stats, num_preemptions=self._stats.num_preemptions + len(rows))
+
+    def _width(self) -> int:
+        """Columns of KV that the batch's rows need; the newest token of a row is not in the cache yet."""
+        return max((row.length - 1 for row in self._rows), default=0)
+
+    def _batch_shape(self, rows: SequenceOf[_Row]) -> BatchShape:
+        shapes = [row.shape for row in rows]
+        return BatchShape(
+            num_rows=len(shapes),
+            width=max((shape.length for shape in shapes), default=0),
+            max_remaining=max((shape.max_remaining for shape in shapes), default=0),
+        )
+
+    def _expected_new_tokens(self) -> int:
+        """Running mean length of a completion."""
+        num_tokens = _PRIOR_NEW_TOKENS * _PRIOR_WEIGHT + self._stats.num_completion_tokens
+        return num_tokens // (_PRIOR_WEIGHT + self._stats.num_finished)
+
+    def _count(self) -> None:
+        self._stats = replace(self._stats, num_active=len(self._rows), num_waiting=len(self._waiting))
+
+
+def _accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
+    """Which of our arguments the model's forward takes: some have no positions, some always give all logits."""
+    names = {"input_ids", "attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep"}
+    parameters = inspect.signature(model.forward).parameters
+    return frozenset(name for name in names if name in parameters)
+
+
+def _sampler_row(row: _Row) -> SamplerRow:
+    prompt = row.sequence.prompt
+    return SamplerRow(prompt.sampling, row.key, tuple(row.stop_ids), prompt.token_ids, tuple(row.generated))
+
+
+def _finish_reason(row: _Row) -> FinishReason | None:
+    """Why the row ends with the token it has just taken, if it does."""
+    token_id = row.generated[-1]
+    stopped = token_id in row.stop_ids
+    if row.matcher is not None and row.matcher.feed(token_id):
+        stopped = True
+    if stopped and len(row.generated) > row.sequence.prompt.sampling.min_new_tokens:
+        return "stop"
+    return "length" if len(row.generated) >= row.max_new_tokens else None
+
+
+def _generation(row: _Row, reason: FinishReason) -> Generation:
+    logprobs = None if row.logprobs is None else tuple(row.logprobs)
+    return Generation(row.sequence, tuple(row.generated), reason, logprobs)
+
+
+def _failure(sequence: Sequence, error_type: str, error: str) -> Generation:
+    row_error = RowError(sequence.prompt.row_id, error_type, error)
+    return Generation(sequence, (), "length", error=row_error)

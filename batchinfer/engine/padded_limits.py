@@ -1,0 +1,63 @@
+"""How much the padded engine takes on by default: from the model's shape and the device's free memory."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from batchinfer.engine.batching import BatchLimits
+from batchinfer.errors import ModelError
+
+#: Layer types whose whole state is keys and values, in the names of transformers' ``layer_types``.
+_KV_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+#: Share of the memory that is free once the weights are loaded; the rest is for activations and logits.
+_KV_SHARE = {"cpu": 0.4, "cuda": 0.75}
+_MAX_ROWS = {"cpu": 128, "cuda": 256}
+_MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def check_layers(config: PreTrainedConfig) -> None:
+    """Raises ModelError for layers with another state than keys and values (state space, linear attention, chunks)."""
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    foreign = sorted(layer_types - _KV_LAYER_TYPES)
+    if foreign:
+        raise ModelError(
+            f"model type {config.model_type} has layers of type {', '.join(foreign)}, which the padded engine "
+            f"cannot run; use a model with {' or '.join(sorted(_KV_LAYER_TYPES))} layers only"
+        )
+
+
+def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of KV that one token takes in all layers."""
+    text = config.get_text_config()
+    num_heads: int = text.num_attention_heads
+    num_kv_heads: int = getattr(text, "num_key_value_heads", None) or num_heads
+    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    return 2 * int(text.num_hidden_layers) * num_kv_heads * head_dim * dtype.itemsize
+
+
+def default_limits(model: PreTrainedModel, max_rows: int | None, max_tokens: int | None) -> BatchLimits:
+    """The given limits, completed from the device."""
+    device = "cuda" if model.device.type == "cuda" else "cpu"
+    if max_tokens is None:
+        free_bytes = torch.cuda.mem_get_info(model.device)[0] if device == "cuda" else _free_host_bytes()
+        max_tokens = max(1, int(free_bytes * _KV_SHARE[device]) // kv_bytes_per_token(model.config, model.dtype))
+    return BatchLimits(max_rows or _MAX_ROWS[device], max_tokens, _MAX_PREFILL_TOKENS[device])
+
+
+def _free_host_bytes() -> int:
+    """What the kernel calls available, or what the container's limit leaves, whichever is less."""
+    free_bytes = 4 << 30
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free_bytes = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            free_bytes = min(free_bytes, max(0, int(limit) - used))
+    except OSError:
+        # Not Linux, or no cgroup v2: what has been found so far stands.
+        pass
+    return free_bytes

@@ -1,0 +1,289 @@
+"""From logits to next tokens, for a whole batch at once.
+
+Each row's token is a pure function of (its logits, its SamplingParams, its stream key, its position): no
+generator, no state shared between rows. The steps, in order, and where they come from (transformers 5):
+
+1. ``repetition_penalty`` on every token of prompt and completion (RepetitionPenaltyLogitsProcessor), then
+   ``min_new_tokens``: stop ids are impossible below it (MinNewTokensLengthLogitsProcessor).
+2. Greedy (temperature 0): the highest logit, the lowest id among equals. Done.
+3. ``temperature`` divides. ``top_k`` keeps every token at least as likely as the k-th (TopKLogitsWarper).
+   ``top_p`` keeps the smallest set of likeliest tokens whose share of what top_k left reaches top_p, the lower
+   id first among equals (TopPLogitsWarper). ``min_p`` keeps tokens at least min_p times as likely as the
+   likeliest (MinPLogitsWarper).
+4. Inverse CDF over the kept tokens in the order of their ids, in float64, with the one uniform of the position.
+
+Log-probabilities are those of the raw logits, before any of this.
+
+Shape suffixes: R rows of the batch, S rows that sample, V vocabulary, K candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from batchinfer.engine.randomness import GOLDEN_GAMMA, MIX_1, MIX_2
+from batchinfer.records import SamplingParams, TokenLogprobs
+
+#: Elements of one float64 working tensor: 64 MiB; more rows are drawn in turns.
+_MAX_DRAW_ELEMENTS = 1 << 23
+#: Likeliest tokens looked at before top_p sorts the whole vocabulary.
+_TOP_P_CANDIDATES = 256
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Logical shift of int64; torch's own one copies the sign bit."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def uniform(keys_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+    """``randomness.uniform`` for int64 tensors of keys (the bits of the uint64) and positions; float64 in [0, 1)."""
+    bits = keys_S + (positions_S + 1) * _signed(GOLDEN_GAMMA)
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(MIX_1)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(MIX_2)
+    bits = bits ^ _shift_right(bits, 31)
+    return _shift_right(bits, 11).double() * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """What the sampler knows of one sequence when it joins the batch."""
+
+    params: SamplingParams
+    key: int
+    stop_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    generated_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One step's tokens: [R] on the device for the next forward pass, and on the host."""
+
+    tokens: torch.Tensor
+    token_ids: list[int]
+    #: Per row, false when its logits hold NaN or +inf, or allow no token: the token means nothing then.
+    is_finite: list[bool]
+    #: By row, for those that asked.
+    logprobs: dict[int, TokenLogprobs]
+
+
+class Sampler:
+    """The sampling side of a batch: rows join and leave, every :meth:`sample` draws one token for each."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self._device = device
+        self._rows: list[SamplerRow] = []
+        self._positions: list[int] = []
+        self._seen_RV: torch.Tensor | None = None
+        self._packed: _Packed | None = None
+
+    def extend(self, rows: Sequence[SamplerRow]) -> None:
+        """Rows join behind those present."""
+        old = len(self._rows)
+        self._rows.extend(rows)
+        self._positions.extend(len(row.generated_ids) for row in rows)
+        self._packed = None
+        if any(row.params.repetition_penalty != 1.0 for row in self._rows):
+            self._extend_seen(old)
+
+    def select(self, order: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        self._rows = [self._rows[index] for index in order]
+        self._positions = [self._positions[index] for index in order]
+        self._packed = None
+        if not any(row.params.repetition_penalty != 1.0 for row in self._rows):
+            self._seen_RV = None
+        elif self._seen_RV is not None:
+            self._seen_RV = self._seen_RV[torch.tensor(order, device=self._device)]
+
+    def sample(self, logits_RV: torch.Tensor) -> Sampled:
+        """Draw each row's next token and advance its position by one. ``logits_RV`` is not changed."""
+        if self._packed is None:
+            self._packed = _Packed.pack(self._rows, self._positions, self._device)
+        packed = self._packed
+        scores_RV = self._adjust(logits_RV, packed)
+        best_R = scores_RV.argmax(dim=-1)
+        best_score_R = scores_RV.gather(1, best_R[:, None])[:, 0]
+        tokens_R = best_R
+        if packed.drawn is not None:
+            tokens_R = best_R.clone()
+            tokens_R[packed.drawn] = self._draw(scores_RV, packed)
+        if self._seen_RV is not None:
+            self._seen_RV.scatter_(1, tokens_R[:, None], True)
+        packed.positions.add_(1)
+        self._positions = [position + 1 for position in self._positions]
+        token_ids, is_finite = torch.stack((tokens_R, best_score_R.isfinite().long())).tolist()
+        logprobs = self._logprobs(logits_RV, tokens_R, token_ids, packed)
+        return Sampled(tokens_R, token_ids, [bool(flag) for flag in is_finite], logprobs)
+
+    def _adjust(self, logits_RV: torch.Tensor, packed: "_Packed") -> torch.Tensor:
+        """Step 1; the logits themselves where no row needs it."""
+        suppresses = packed.max_min_new_tokens > min(self._positions, default=0)
+        if self._seen_RV is None and not suppresses:
+            return logits_RV
+        scores_RV = logits_RV.to(torch.float32, copy=True)
+        if self._seen_RV is not None:
+            penalty_R1 = packed.penalty[:, None]
+            penalised_RV = torch.where(scores_RV < 0, scores_RV * penalty_R1, scores_RV / penalty_R1)
+            scores_RV = torch.where(self._seen_RV, penalised_RV, scores_RV)
+        if suppresses:
+            suppressed = [
+                (row, stop_id)
+                for row, (facts, position) in enumerate(zip(self._rows, self._positions, strict=True))
+                if position < facts.params.min_new_tokens
+                for stop_id in facts.stop_ids
+            ]
+            if suppressed:
+                rows, ids = torch.tensor(suppressed, device=self._device).T
+                scores_RV[rows, ids] = -torch.inf
+        return scores_RV
+
+    def _draw(self, scores_RV: torch.Tensor, packed: "_Packed") -> torch.Tensor:
+        assert packed.drawn is not None
+        uniform_S = uniform(packed.keys, packed.positions[packed.drawn])
+        chunk = max(1, _MAX_DRAW_ELEMENTS // scores_RV.shape[1])
+        return torch.cat(
+            [
+                draw(
+                    scores_RV[packed.drawn[start : start + chunk]].float(),
+                    packed.cuts[start : start + chunk],
+                    packed.cut_columns[start : start + chunk],
+                    uniform_S[start : start + chunk],
+                )
+                for start in range(0, len(packed.cuts), chunk)
+            ]
+        )
+
+    def _logprobs(
+        self, logits_RV: torch.Tensor, tokens_R: torch.Tensor, token_ids: list[int], packed: "_Packed"
+    ) -> dict[int, TokenLogprobs]:
+        if packed.scored_rows is None:
+            return {}
+        logprobs_SV = torch.log_softmax(logits_RV[packed.scored_rows].float(), dim=-1)
+        chosen = logprobs_SV.gather(1, tokens_R[packed.scored_rows][:, None])[:, 0].tolist()
+        top = logprobs_SV.topk(packed.max_top_logprobs, dim=-1)
+        top_values, top_ids = top.values.tolist(), top.indices.tolist()
+        scored: dict[int, TokenLogprobs] = {}
+        for index, (row, k) in enumerate(packed.scored):
+            pairs = tuple(zip(top_ids[index][:k], top_values[index][:k], strict=True))
+            scored[row] = TokenLogprobs(token_id=token_ids[row], logprob=chosen[index], top=pairs)
+        return scored
+
+    def _extend_seen(self, old: int) -> None:
+        """Mark the joined rows' tokens; rows without a penalty stay unmarked (their penalty of 1 changes nothing)."""
+        seen_RV = torch.zeros(len(self._rows), self.vocab_size, dtype=torch.bool, device=self._device)
+        if self._seen_RV is not None:
+            seen_RV[:old] = self._seen_RV
+        for index, row in enumerate(self._rows[old:], start=old):
+            if row.params.repetition_penalty != 1.0:
+                ids = torch.tensor([*row.prompt_ids, *row.generated_ids], dtype=torch.long)
+                seen_RV[index, ids.to(self._device)] = True
+        self._seen_RV = seen_RV
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """One sampling row's parameters on the host, where they decide which work is needed at all."""
+
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """The rows' parameters as tensors, made once per composition of the batch."""
+
+    #: Of all rows, [R].
+    penalty: torch.Tensor
+    positions: torch.Tensor
+    max_min_new_tokens: int
+    #: Rows with a temperature, [S]; None when there are none. The next three are theirs.
+    drawn: torch.Tensor | None
+    keys: torch.Tensor
+    cuts: tuple[Cuts, ...]
+    #: float64 [S, 4]: temperature, top_k, top_p, min_p.
+    cut_columns: torch.Tensor
+    #: (row, number of best tokens asked for); rows that asked for log-probabilities.
+    scored: tuple[tuple[int, int], ...]
+    scored_rows: torch.Tensor | None
+    max_top_logprobs: int
+
+    @classmethod
+    def pack(cls, rows: Sequence[SamplerRow], positions: Sequence[int], device: torch.device) -> "_Packed":
+        params = [row.params for row in rows]
+        drawing = [index for index, p in enumerate(params) if p.temperature > 0.0]
+        scored = tuple((index, p.logprobs) for index, p in enumerate(params) if p.logprobs is not None)
+        return cls(
+            penalty=torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32, device=device),
+            positions=torch.tensor(list(positions), dtype=torch.long, device=device),
+            max_min_new_tokens=max((p.min_new_tokens for p in params), default=0),
+            drawn=torch.tensor(drawing, device=device) if drawing else None,
+            keys=torch.tensor([_signed(rows[index].key) for index in drawing], dtype=torch.long, device=device),
+            cuts=tuple(Cuts(params[i].top_k, params[i].top_p, params[i].min_p) for i in drawing),
+            cut_columns=torch.tensor(
+                [[params[i].temperature, params[i].top_k, params[i].top_p, params[i].min_p] for i in drawing],
+                dtype=torch.float64,
+                device=device,
+            ).reshape(len(drawing), 4),
+            scored=scored,
+            scored_rows=torch.tensor([row for row, _ in scored], device=device) if scored else None,
+            max_top_logprobs=max((k for _, k in scored), default=0),
+        )
+
+
+def draw(scores_SV: torch.Tensor, cuts: Sequence[Cuts], cuts_S4: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
+    """Steps 3 and 4 for rows with a temperature: float32 scores and one uniform each -> token ids [S]."""
+    weights_SV = keep_weights(scores_SV, cuts, cuts_S4)
+    cdf_SV = weights_SV.cumsum(dim=-1)
+    total_S = cdf_SV[:, -1]
+    # uniform * total may round up to total; one step below it, the search ends on a kept token for certain.
+    target_S = torch.minimum(uniform_S * total_S, torch.nextafter(total_S, torch.zeros_like(total_S)))
+    token_S = torch.searchsorted(cdf_SV, target_S[:, None], right=True)[:, 0]
+    # Only logits of NaN reach past the end; the caller reports such a row, the index must merely exist.
+    return token_S.clamp(max=scores_SV.shape[1] - 1)
+
+
+def keep_weights(scores_SV: torch.Tensor, cuts: Sequence[Cuts], cuts_S4: torch.Tensor) -> torch.Tensor:
+    """Unnormalised float64 probabilities after every cut, 1 for the likeliest token and 0 for those cut off."""
+    best_S1 = scores_SV.amax(dim=-1, keepdim=True)
+    weights_SV = torch.exp((scores_SV.double() - best_S1.double()) / cuts_S4[:, 0:1])
+    vocab_size = scores_SV.shape[1]
+    with_top_k = [index for index, cut in enumerate(cuts) if 0 < cut.top_k < vocab_size]
+    if with_top_k:
+        rows = torch.tensor(with_top_k, device=scores_SV.device)
+        values = scores_SV[rows].topk(max(cuts[index].top_k for index in with_top_k), dim=-1).values
+        threshold = values.gather(1, cuts_S4[rows, 1].long()[:, None] - 1)
+        weights_SV[rows] = torch.where(scores_SV[rows] >= threshold, weights_SV[rows], 0.0)
+    with_top_p = [index for index, cut in enumerate(cuts) if cut.top_p < 1.0]
+    if with_top_p:
+        rows = torch.tensor(with_top_p, device=scores_SV.device)
+        weights_SV[rows] = _cut_top_p(weights_SV[rows], cuts_S4[rows, 2])
+    if any(cut.min_p > 0.0 for cut in cuts):
+        weights_SV = torch.where(weights_SV >= cuts_S4[:, 3:4], weights_SV, 0.0)
+    return weights_SV
+
+
+def _cut_top_p(weights_SV: torch.Tensor, top_p_S: torch.Tensor) -> torch.Tensor:
+    """The nucleus: a threshold found among the likeliest few, and a full sort only where they do not reach top_p."""
+    target_S1 = (top_p_S * weights_SV.sum(dim=-1))[:, None]
+    num_candidates = min(_TOP_P_CANDIDATES, weights_SV.shape[1])
+    values_SK = weights_SV.topk(num_candidates, dim=-1).values
+    if bool((values_SK.sum(dim=-1, keepdim=True) < target_S1).any()):
+        values_SK = weights_SV.sort(dim=-1, descending=True).values
+    cumulative_SK = values_SK.cumsum(dim=-1)
+    # Values before the one that reaches the target; the clamp is for a top_p so near 1 that rounding never does.
+    last_S1 = (cumulative_SK < target_S1).sum(dim=-1, keepdim=True).clamp(max=values_SK.shape[1] - 1)
+    threshold_S1 = values_SK.gather(1, last_S1)
+    above_SV = weights_SV > threshold_S1
+    equal_SV = weights_SV == threshold_S1
+    num_equal_kept_S1 = last_S1 + 1 - above_SV.sum(dim=-1, keepdim=True)
+    kept_SV = above_SV | (equal_SV & (equal_SV.cumsum(dim=-1) <= num_equal_kept_S1))
+    return torch.where(kept_SV, weights_SV, 0.0)

@@ -1,0 +1,176 @@
+"""What an output says of itself: how far it is, who holds it, how its last run went, its first rows."""
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import pyarrow.parquet as pq
+
+from batchinfer.errors import OutputError
+from batchinfer.records import WorkUnit
+from batchinfer.storage.events import Event, read_events
+from batchinfer.storage.filesystem import StorageOptions, locate
+from batchinfer.storage.layout import (
+    COMPLETIONS,
+    committed_units,
+    completions_part,
+    count_dead_letters,
+    parse_unit_id,
+    read_job,
+    read_plan,
+)
+from batchinfer.storage.lease import Process, read_lease
+from batchinfer.storage.location import Location
+
+State = Literal["running", "complete", "dead_letters", "unfinished"]
+
+
+@dataclass(frozen=True, slots=True)
+class LastRun:
+    """The newest run of an output, from its events."""
+
+    run_id: str
+    started_at: str
+    last_event_at: str
+    last_event: str
+    num_units_committed: int
+    num_completion_tokens: int
+    num_replicas_died: int
+    num_unit_failures: int
+
+    @property
+    def completion_tokens_per_s(self) -> float:
+        """Over the whole run, loading included."""
+        span = datetime.fromisoformat(self.last_event_at) - datetime.fromisoformat(self.started_at)
+        return self.num_completion_tokens / max(span.total_seconds(), 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The run that holds the output now."""
+
+    run_id: str
+    host: str
+    pid: int
+    started_at: str
+    heartbeat_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """An output as its files show it at this moment."""
+
+    state: State
+    name: str
+    output: str
+    fingerprint: str
+    num_shards: int
+    num_unreadable_shards: int
+    num_units: int
+    num_units_committed: int
+    num_rows: int
+    num_rows_committed: int
+    num_dead_letters: int
+    holder: Holder | None
+    last_run: LastRun | None
+
+    def as_json(self) -> dict[str, object]:
+        """For ``--json``: plain values only."""
+        return asdict(self)
+
+
+def read_status(output_path: str, storage_options: StorageOptions | None = None) -> Status:
+    """Status of an output, from any machine that reaches its files; no input and no cluster is needed.
+
+    Raises OutputError when there is no job, StorageUnavailable when the storage does not answer.
+    """
+    output = locate(output_path, storage_options)
+    holder = _holder(output)
+    job, plan = read_job(output), read_plan(output)
+    if job is None or plan is None:
+        loading = f"run {holder.run_id} on {holder.host} is still loading its first replica" if holder else "check it"
+        raise OutputError(f"{output}: no batchinfer job there; {loading}")
+    committed = committed_units(output)
+    done = [unit for unit in plan.units if unit.unit_id in committed]
+    num_dead_letters = count_dead_letters(output, committed)
+    state: State = "complete"
+    if holder is not None:
+        state = "running"
+    elif len(done) < len(plan.units):
+        state = "unfinished"
+    elif num_dead_letters or plan.unreadable:
+        state = "dead_letters"
+    return Status(
+        state=state,
+        name=str(job.get("name", "")),
+        output=str(output),
+        fingerprint=str(job.get("fingerprint", "")),
+        num_shards=len(plan.shards),
+        num_unreadable_shards=len(plan.unreadable),
+        num_units=len(plan.units),
+        num_units_committed=len(done),
+        num_rows=plan.num_rows,
+        num_rows_committed=sum(unit.num_rows for unit in done),
+        num_dead_letters=num_dead_letters,
+        holder=holder,
+        last_run=_last_run(output),
+    )
+
+
+def read_rows(
+    output_path: str, storage_options: StorageOptions | None = None, num_rows: int = 3
+) -> list[dict[str, object]]:
+    """The first rows of the completions, shard by shard; fewer when there are fewer.
+
+    Raises OutputError when nothing is committed.
+    """
+    output = locate(output_path, storage_options)
+    units = [unit for unit_id in committed_units(output) if (unit := parse_unit_id(unit_id)) is not None]
+    if not units:
+        raise OutputError(f"{output}: nothing is committed in {COMPLETIONS}/")
+    rows: list[dict[str, object]] = []
+    for unit in sorted(units, key=_place):
+        with completions_part(output, unit.unit_id).open_random() as file:
+            rows += pq.read_table(file).slice(0, num_rows - len(rows)).to_pylist()
+        if len(rows) >= num_rows:
+            break
+    return rows
+
+
+def _place(unit: WorkUnit) -> tuple[str, int]:
+    return (unit.shard_id, unit.first_row)
+
+
+def _holder(output: Location) -> Holder | None:
+    record = read_lease(output)
+    if record is None or not record.is_live(datetime.now(UTC), Process.current()):
+        return None
+    process = record.process
+    return Holder(record.run_id, process.host, process.pid, record.started_at, record.heartbeat_at)
+
+
+def _last_run(output: Location) -> LastRun | None:
+    run: list[Event] = []
+    for event in read_events(output):
+        if event["event"] == "run_started":
+            run = []
+        run.append(event)
+    if not run:
+        return None
+    commits = [event for event in run if event["event"] == "unit_committed"]
+    kinds = [event["event"] for event in run]
+    return LastRun(
+        run_id=str(run[0].get("run", "")),
+        started_at=str(run[0]["at"]),
+        last_event_at=str(run[-1]["at"]),
+        last_event=str(run[-1]["event"]),
+        num_units_committed=len(commits),
+        num_completion_tokens=sum(_integer(event, "num_completion_tokens") for event in commits),
+        num_replicas_died=kinds.count("replica_died"),
+        num_unit_failures=kinds.count("unit_failed"),
+    )
+
+
+def _integer(event: Event, field: str) -> int:
+    value = event.get(field)
+    return value if isinstance(value, int) else 0

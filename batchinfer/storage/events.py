@@ -1,0 +1,107 @@
+"""Run events: one JSON object per line, appended while a run goes on, read by status, report and post-mortems."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Protocol
+
+from batchinfer.storage.layout import RUNS, staging
+from batchinfer.storage.location import Location
+
+#: A value of an event; what JSON can say.
+EventValue = str | int | float | bool | None | list["EventValue"] | dict[str, "EventValue"]
+Event = dict[str, EventValue]
+Clock = Callable[[], datetime]
+
+#: Object stores: a segment is put at most this often, for each is a request and an object.
+SEGMENT_INTERVAL_S = 5.0
+
+
+class EventLog(Protocol):
+    """Where a run writes what happens. Any thread may write; events keep the order of the calls."""
+
+    def write(self, event: str, **fields: EventValue) -> None:
+        """Add an event: ``{"at": <UTC, ISO 8601>, "event": event, **fields}``."""
+
+    def close(self) -> None:
+        """Store what is still held back. May be called again."""
+
+
+def open_event_log(output: Location, run_id: str, clock: Clock = lambda: datetime.now(UTC)) -> EventLog:
+    """The event log of a run of this output; the storage decides the kind."""
+    runs = output.child(RUNS)
+    if runs.can_append:
+        return AppendedEvents(runs.child(f"{run_id}.jsonl"), clock)
+    return SegmentedEvents(runs, run_id, staging(output), clock)
+
+
+class AppendedEvents:
+    """Each event is in the file when ``write`` returns; a crash may tear the last line, never an earlier one."""
+
+    def __init__(self, file: Location, clock: Clock) -> None:
+        self._file = file
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    def write(self, event: str, **fields: EventValue) -> None:
+        with self._lock:
+            self._file.append(_line(self._clock(), event, fields))
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+class SegmentedEvents:
+    """Events gathered into objects ``<run id>-<k>.jsonl``; a crash loses those since the last object was put."""
+
+    def __init__(self, runs: Location, run_id: str, staging_directory: Location, clock: Clock) -> None:
+        self._runs = runs
+        self._run_id = run_id
+        self._staging = staging_directory
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._held: list[bytes] = []
+        self._num_segments = 0
+        self._last_put_at = clock()
+
+    def write(self, event: str, **fields: EventValue) -> None:
+        with self._lock:
+            now = self._clock()
+            self._held.append(_line(now, event, fields))
+            if (now - self._last_put_at).total_seconds() >= SEGMENT_INTERVAL_S:
+                self._put(now)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._held:
+                self._put(self._clock())
+
+    def _put(self, now: datetime) -> None:
+        segment = self._runs.child(f"{self._run_id}-{self._num_segments:06d}.jsonl")
+        segment.write_replace(b"".join(self._held), self._staging)
+        self._held = []
+        self._num_segments += 1
+        self._last_put_at = now
+
+
+def read_events(output: Location) -> Iterator[Event]:
+    """The events of all runs, run by run in the order of run ids, each run's in the order they were written.
+
+    One file is held in memory at a time. A line that is no event (torn by a crash) is left out.
+    """
+    runs = output.child(RUNS)
+    for name in sorted(runs.names()):
+        if not name.endswith(".jsonl"):
+            continue
+        for line in (runs.child(name).read_if_present() or b"").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "event" in event:
+                yield event
+
+
+def _line(at: datetime, event: str, fields: Event) -> bytes:
+    return json.dumps({"at": at.isoformat(), "event": event, **fields}, ensure_ascii=False).encode() + b"\n"

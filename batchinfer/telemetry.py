@@ -1,0 +1,92 @@
+"""What a run tells while it goes on: the numbers behind progress, and how fast they move.
+
+Standard library only; how they are drawn is in ``progress``.
+"""
+
+import logging
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+
+RATE_WINDOW_S = 30.0
+
+
+def configure_logging() -> None:
+    """Log lines of batchinfer to stderr, warnings of everything else; called by commands, never by the library."""
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(formatter)
+    logging.basicConfig(level=logging.WARNING, handlers=[stream], force=True)
+    logging.getLogger("batchinfer").setLevel(logging.INFO)
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """One look at a run. Row and unit counts include what earlier runs committed; tokens are this run's."""
+
+    elapsed_s: float = 0.0
+    num_rows: int = 0
+    num_rows_committed: int = 0
+    #: Rows of units in flight whose generation has ended but whose unit has not.
+    num_rows_finished: int = 0
+    num_units: int = 0
+    num_units_committed: int = 0
+    num_units_given_up: int = 0
+    num_dead_letters: int = 0
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    num_replicas_ready: int = 0
+    num_replicas_starting: int = 0
+    prompt_tokens_per_s: float = 0.0
+    completion_tokens_per_s: float = 0.0
+    eta_s: float | None = None
+    dead_letters_by_type: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RateMeter:
+    """Rates over the last :data:`RATE_WINDOW_S` seconds of (time, rows, prompt tokens, completion tokens) readings."""
+
+    _readings: deque[tuple[float, float, int, int]] = field(default_factory=deque)
+
+    def add(self, at_s: float, num_rows: float, num_prompt_tokens: int, num_completion_tokens: int) -> None:
+        self._readings.append((at_s, num_rows, num_prompt_tokens, num_completion_tokens))
+        while len(self._readings) > 2 and at_s - self._readings[0][0] > RATE_WINDOW_S:
+            self._readings.popleft()
+
+    def per_second(self) -> tuple[float, float, float]:
+        """(rows, prompt tokens, completion tokens) per second; zeros before the second reading."""
+        if len(self._readings) < 2:
+            return (0.0, 0.0, 0.0)
+        first, last = self._readings[0], self._readings[-1]
+        span_s = max(last[0] - first[0], 1e-9)
+        rates = [max(0.0, (last[k] - first[k]) / span_s) for k in (1, 2, 3)]
+        return (rates[0], rates[1], rates[2])
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1m15s``; the two largest parts only."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest_s = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{rest_s:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h{minutes:02d}m"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours:02d}h"
+
+
+def progress_line(progress: RunProgress) -> str:
+    """One plain line for logs and pipes."""
+    eta = f", ETA {duration(progress.eta_s)}" if progress.eta_s is not None else ""
+    dead = f", {progress.num_dead_letters} dead letters" if progress.num_dead_letters else ""
+    starting = f" ({progress.num_replicas_starting} starting)" if progress.num_replicas_starting else ""
+    return (
+        f"{progress.num_rows_committed + progress.num_rows_finished:,} of {progress.num_rows:,} rows, "
+        f"{progress.num_units_committed:,} of {progress.num_units:,} units committed, "
+        f"{progress.prompt_tokens_per_s:,.0f} tok/s in, {progress.completion_tokens_per_s:,.0f} tok/s out, "
+        f"{progress.num_replicas_ready} replicas{starting}{dead}{eta}"
+    )
