@@ -41,7 +41,7 @@ help: ## this list
 demo: .venv/.demo ## real prompts through a real model on this machine, Parquet to Parquet
 	@$(BIN)/python -m batchinfer.models.demo $(DEMO_MODEL)
 	@$(BIN)/batchinfer run jobs/demo.yaml || test $$? -eq 1
-	@$(BIN)/python -m batchinfer.show out/demo
+	@$(BIN)/batchinfer show out/demo
 	@echo
 	@echo "Try next:"
 	@echo "  make demo                                              # again: everything is committed already"

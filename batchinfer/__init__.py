@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from batchinfer.errors import BatchinferError
     from batchinfer.job_file import load_job
     from batchinfer.spec import JobSpec
-    from batchinfer.verify import verify
+    from batchinfer.audit import verify
 
 __all__ = ["BatchinferError", "JobResult", "JobSpec", "load_job", "run", "verify"]
 
@@ -28,7 +28,7 @@ _HOMES = {
     "JobSpec": "batchinfer.spec",
     "load_job": "batchinfer.job_file",
     "run": "batchinfer.cluster.driver",
-    "verify": "batchinfer.verify",
+    "verify": "batchinfer.audit",
 }
 
 

@@ -4,10 +4,12 @@
 Nothing heavy is imported until a command needs it.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, ParamSpec
 import click
 
 from batchinfer import __version__
-from batchinfer.errors import EXIT_JOB_ERROR, BatchinferError
+from batchinfer.errors import EXIT_RUN_AGAIN, BatchinferError, SpecError
 
 if TYPE_CHECKING:
     from batchinfer.spec import JobSpec
@@ -42,7 +44,10 @@ STORAGE_OPTIONS = click.option(
 
 
 def ending_with_exit_codes(command: Callable[Arguments, int]) -> Callable[Arguments, None]:
-    """Run a command, print an error of ours as one message, and exit with the code the README promises."""
+    """Run a command, print an error of ours as one message, and exit with the code the README promises.
+
+    A mistake of ours ends with 3, like an interruption: Python's own 1 would say "finished, dead letters remain".
+    """
 
     @functools.wraps(command)
     def run_and_exit(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -51,17 +56,29 @@ def ending_with_exit_codes(command: Callable[Arguments, int]) -> Callable[Argume
             exit_code = command(*args, **kwargs)
         except BatchinferError as error:
             exit_code = error.exit_code
-            if as_json:
-                kind = type(error).__name__
-                click.echo(json.dumps({"outcome": "error", "exit_code": exit_code, "error_type": kind, "error": str(error)}))
-            click.secho(f"Error: {error}", fg="red", err=True)
+            _print_error(error, exit_code, as_json)
         except BrokenPipeError:
             # The reader of our output (head, less) has seen enough; the command itself did nothing wrong.
             sys.stderr.close()
             exit_code = 0
+        except KeyboardInterrupt as error:
+            # Before or after the run's own handling of signals, while Ray is imported, say.
+            exit_code = EXIT_RUN_AGAIN
+            _print_error(error, exit_code, as_json)
+        except Exception as error:  # noqa: BLE001 - the last place before Python's own exit code; the traceback is kept
+            exit_code = EXIT_RUN_AGAIN
+            traceback.print_exc()
+            _print_error(error, exit_code, as_json)
         sys.exit(exit_code)
 
     return run_and_exit
+
+
+def _print_error(error: BaseException, exit_code: int, as_json: bool) -> None:
+    kind, text = type(error).__name__, str(error)
+    if as_json:
+        click.echo(json.dumps({"outcome": "error", "exit_code": exit_code, "error_type": kind, "error": text}))
+    click.secho(f"Error: {text or kind}", fg="red", err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,10 +111,13 @@ def run(job: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     from batchinfer.cli_text import print_result
     from batchinfer.cluster.driver import run as run_job
     from batchinfer.progress import LineProgress, LiveProgress, ProgressView
+    from batchinfer.telemetry import LogStream
 
     console = Console(stderr=True)
     view: ProgressView = LiveProgress(console) if console.is_terminal else LineProgress()
-    result = run_job(spec, view)
+    # Ray prints the deaths of its workers on stdout, past every setting; what they mean is in our own log lines.
+    with contextlib.redirect_stdout(LogStream(logging.getLogger("ray"))):
+        result = run_job(spec, view)
     if as_json:
         click.echo(json.dumps(result.as_json()))
     else:
@@ -153,8 +173,8 @@ def verify(output: str, storage_options: str, as_json: bool) -> int:
     Exits with 0 when it is, 1 when the rest are dead letters, 2 when the output is damaged, and 3 when units are
     not committed yet.
     """
+    from batchinfer.audit import verify as verify_output
     from batchinfer.cli_text import print_verification
-    from batchinfer.verify import verify as verify_output
 
     report = verify_output(output, _options(storage_options))
     if as_json:
@@ -177,7 +197,7 @@ def show(output: str, storage_options: str, num_rows: int, as_json: bool) -> int
 
     rows = read_rows(output, _options(storage_options), num_rows)
     if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False, default=str))
+        click.echo(json.dumps({"rows": rows}, ensure_ascii=False, default=str))
     else:
         print_rows(rows)
     return 0
@@ -192,11 +212,14 @@ def _load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
 
 
 def _options(text: str) -> dict[str, object]:
+    """Of ``--storage-options``. Raises SpecError, without the text: it may hold credentials."""
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        options = error
+        reason = f"{error.msg} at character {error.pos}"
+        raise SpecError(
+            f"--storage-options: not valid JSON ({reason}); give an object, such as '{{\"anon\": true}}'"
+        ) from None
     if not isinstance(options, dict):
-        click.secho(f"Error: --storage-options: expected a JSON object, got {text!r}", fg="red", err=True)
-        sys.exit(EXIT_JOB_ERROR)
+        raise SpecError("--storage-options: expected a JSON object, such as '{\"anon\": true}'")
     return options

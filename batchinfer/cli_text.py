@@ -4,14 +4,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from batchinfer.audit import VerifyReport
 from batchinfer.cluster.prepare import Preparation
 from batchinfer.cluster.result import JobResult
 from batchinfer.records import COMPLETION, FINISH_REASON, ROW_ID
+from batchinfer.redact import redact
 from batchinfer.report import Status
 from batchinfer.telemetry import duration
-from batchinfer.verify import VerifyReport
 
 _MAX_NAMED = 10
 _MAX_PROMPT_CHARACTERS = 200
@@ -20,14 +22,16 @@ _MAX_COMPLETION_CHARACTERS = 600
 
 def print_result(result: JobResult) -> None:
     """The summary table at the end of a run, and the way on."""
-    console = Console(highlight=False)
+    console = _console()
     if not result.run_id:
         console.print(
-            f"{result.output}: everything is committed already: {result.num_rows:,} rows in {result.num_units:,} units"
-            f"{_dead_letters(result.num_dead_letters)}."
+            f"{escape(result.output)}: everything is committed already: {result.num_rows:,} rows in "
+            f"{result.num_units:,} units{_dead_letters(result.num_dead_letters)}.",
+            soft_wrap=True,
         )
         return
-    table = _facts(f"{result.output}: {_OUTCOMES[result.outcome]}")
+    console.print(f"[bold]{escape(result.output)}[/bold]: {_OUTCOMES[result.outcome]}", soft_wrap=True)
+    table = _facts()
     before = f" ({result.num_rows_committed_before:,} by earlier runs)" if result.num_rows_committed_before else ""
     table.add_row("rows committed", f"{result.num_rows_committed:,} of {result.num_rows:,}{before}")
     table.add_row("units committed", f"{result.num_units_committed:,} of {result.num_units:,}")
@@ -45,22 +49,28 @@ def print_result(result: JobResult) -> None:
     table.add_row("run", result.run_id)
     console.print(table)
     for unit in result.given_up[:_MAX_NAMED]:
-        console.print(f"[red]not committed[/red] unit {unit.unit_id} of {unit.shard}: {unit.error}", soft_wrap=True)
+        where = f"unit {unit.unit_id} of {escape(unit.shard)}"
+        console.print(f"[red]not committed[/red] {where}: {escape(unit.error)}", soft_wrap=True)
     for path in result.unreadable_shards[:_MAX_NAMED]:
-        console.print(f"[red]unreadable shard[/red] {path}: none of its rows was planned", soft_wrap=True)
+        console.print(f"[red]unreadable shard[/red] {escape(path)}: none of its rows was planned", soft_wrap=True)
     if result.outcome == "unfinished":
         console.print("Run the same command again to try what is left.")
     if result.num_dead_letters:
-        console.print(f"The dead letters are in {result.output}/errors, each with its input row and the reason.")
+        console.print(
+            f"Dead letters, each with its input row and the reason: {escape(result.output)}/errors", soft_wrap=True
+        )
 
 
 def print_plan(preparation: Preparation) -> None:
     """What ``run`` would do."""
     spec, plan = preparation.spec, preparation.plan
-    console = Console(highlight=False)
-    table = _facts(f"{spec.name}: {'a new output' if preparation.is_new else 'continues'} at {preparation.output}")
-    table.add_row("model", f"{spec.model.path} ({spec.model.dtype}, up to {preparation.facts.max_model_len:,} tokens)")
-    table.add_row("input", ", ".join(spec.input.paths))
+    console = _console()
+    beginning = "begins a new output" if preparation.is_new else "continues"
+    console.print(f"[bold]{escape(spec.name)}[/bold]: {beginning} at {escape(str(preparation.output))}", soft_wrap=True)
+    table = _facts()
+    model = escape(redact(spec.model.path))
+    table.add_row("model", f"{model} ({spec.model.dtype}, up to {preparation.facts.max_model_len:,} tokens)")
+    table.add_row("input", escape(", ".join(redact(path) for path in spec.input.paths)))
     table.add_row("shards", f"{len(plan.shards):,}")
     table.add_row("rows", f"{plan.num_rows:,}")
     table.add_row("units", f"{len(plan.units):,} of up to {spec.execution.rows_per_unit:,} rows")
@@ -68,15 +78,16 @@ def print_plan(preparation: Preparation) -> None:
     table.add_row("to generate", f"{len(preparation.pending):,} units, {_num_pending_rows(preparation):,} rows")
     if preparation.num_dead_letters:
         table.add_row("dead letters", f"{preparation.num_dead_letters:,}")
-    table.add_row("passed through", ", ".join(preparation.facts.output_columns) or "no column")
+    table.add_row("passed through", escape(", ".join(preparation.facts.output_columns)) or "no column")
     table.add_row("fingerprint", preparation.fingerprint.digest)
     console.print(table)
     for shard in plan.unreadable[:_MAX_NAMED]:
-        console.print(f"[red]unreadable shard[/red] {shard.path}: {shard.error}", soft_wrap=True)
+        console.print(f"[red]unreadable shard[/red] {escape(shard.path)}: {escape(shard.error)}", soft_wrap=True)
     if preparation.superseded:
         console.print(
             f"[yellow]{len(preparation.superseded)} committed units[/yellow] belong to shards that have changed; their "
-            "parts would move to _job/superseded."
+            "parts would move to _job/superseded.",
+            soft_wrap=True,
         )
 
 
@@ -106,8 +117,11 @@ def plan_json(preparation: Preparation) -> dict[str, object]:
 
 def print_status(status: Status) -> None:
     """How far an output is."""
-    console = Console(highlight=False)
-    table = _facts(f"{status.name} at {status.output}: {_STATES[status.state]}")
+    console = _console()
+    console.print(
+        f"[bold]{escape(status.name)}[/bold] at {escape(status.output)}: {_STATES[status.state]}", soft_wrap=True
+    )
+    table = _facts()
     table.add_row("rows committed", f"{status.num_rows_committed:,} of {status.num_rows:,}")
     table.add_row("units committed", f"{status.num_units_committed:,} of {status.num_units:,}")
     table.add_row("dead letters", f"{status.num_dead_letters:,}")
@@ -132,8 +146,9 @@ def print_status(status: Status) -> None:
 
 def print_verification(report: VerifyReport) -> None:
     """The verdict, and what led to it."""
-    console = Console(highlight=False)
-    table = _facts(f"{report.output}: {_VERDICTS[report.verdict]}")
+    console = _console()
+    console.print(f"[bold]{escape(report.output)}[/bold]: {_VERDICTS[report.verdict]}", soft_wrap=True)
+    table = _facts()
     table.add_row("planned rows", f"{report.num_rows:,} in {report.num_shards:,} shards")
     table.add_row("rows with completions", f"{report.num_rows_completed:,} ({report.num_completions:,} completions)")
     by_type = ", ".join(f"{name} {count:,}" for name, count in sorted(report.dead_letters_by_type.items()))
@@ -150,7 +165,7 @@ def print_verification(report: VerifyReport) -> None:
 
 def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
     """Prompt and completion of each row, long ones shortened."""
-    console = Console(highlight=False)
+    console = _console()
     for row in rows:
         console.rule(f"{row.get(ROW_ID)}  {row.get(FINISH_REASON)}", align="left", style="dim")
         prompt = _shortened(_prompt_of(row), _MAX_PROMPT_CHARACTERS)
@@ -172,14 +187,19 @@ _STATES = {
 }
 _VERDICTS = {
     "complete": "[green]complete: every row is in the output exactly once[/green]",
-    "complete_with_dead_letters": "[yellow]complete, with dead letters: every row is in the output or in errors, once[/yellow]",
+    "complete_with_dead_letters": "[yellow]complete, with dead letters: every row is here once or in errors[/yellow]",
     "incomplete": "[yellow]incomplete: run again[/yellow]",
     "damaged": "[red]damaged[/red]",
 }
 
 
-def _facts(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+def _console() -> Console:
+    """Text as it is: no colours by guess, and ``:smile:`` in a completion stays what the model wrote."""
+    return Console(highlight=False, emoji=False)
+
+
+def _facts() -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     return table

@@ -190,12 +190,21 @@ def _read_shard(candidate: _Candidate, rows_per_unit: int) -> tuple[Shard | Unre
     uri = candidate.location.uri
     try:
         footer, metadata = read_footer(candidate.location, candidate.size_bytes)
-        schema = metadata.schema.to_arrow_schema().remove_metadata()
+        schema = _without_dictionaries(metadata.schema.to_arrow_schema())
     except (ShardCorrupt, pa.ArrowException, InputError) as error:
         # InputError: listed, but gone or forbidden by now; the others go on.
         return UnreadableShard(candidate.path, uri, candidate.size_bytes, redact(str(error))), None
     identity = hashlib.sha256(f"{candidate.path}\0{candidate.size_bytes}\0".encode() + footer).hexdigest()[:16]
     return Shard(identity, candidate.path, uri, metadata.num_rows, candidate.size_bytes, rows_per_unit), schema
+
+
+def _without_dictionaries(schema: pa.Schema) -> pa.Schema:
+    """Categorical columns as what they hold: each shard has a dictionary of its own, the output has none."""
+    fields = [
+        field.with_type(field.type.value_type) if isinstance(field.type, pa.DictionaryType) else field
+        for field in schema
+    ]
+    return pa.schema(fields)
 
 
 def _refuse_duplicates(candidates: Iterable[_Candidate]) -> None:
@@ -221,8 +230,8 @@ def _check_columns(each: InputSchema, wanted: Sequence[str]) -> None:
         if num_found:
             raise InputError(f"shard {each.example.path} has {num_found} columns named {name!r}; rename all but one")
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"shard {each.example.path} has no column {name!r}{hint} It has: {', '.join(names)}")
+        known = f"did you mean {near[0]!r}? It has:" if near else "it has:"
+        raise InputError(f"shard {each.example.path} has no column {name!r}; {known} {', '.join(names)}")
 
 
 def _check_all_columns(first: InputSchema, each: InputSchema) -> None:

@@ -3,6 +3,7 @@
 Standard library only; how they are drawn is in ``progress``.
 """
 
+import io
 import logging
 import sys
 from collections import deque
@@ -18,6 +19,19 @@ def configure_logging() -> None:
     stream.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[stream], force=True)
     logging.getLogger("batchinfer").setLevel(logging.INFO)
+
+
+class LogStream(io.TextIOBase):
+    """A text stream whose lines become debug messages of a logger."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                self._logger.debug("%s", line)
+        return len(text)
 
 
 @dataclass(frozen=True, slots=True)

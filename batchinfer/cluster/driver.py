@@ -7,6 +7,7 @@ here can be listed again.
 
 import contextlib
 import logging
+import re
 import signal
 import threading
 import time
@@ -35,8 +36,8 @@ from batchinfer.cluster.work_queue import (
     QueuePolicy,
     ReplicaDied,
     ReplicaReady,
-    ReplicasWanted,
     ReplicaStartFailed,
+    ReplicasWanted,
     StartReplica,
     StopReplica,
     Tick,
@@ -203,7 +204,10 @@ class _Run:
         return ready
 
     def _take_answer(self, ref: ObjectRef[object]) -> None:
-        call = self._calls.pop(ref)
+        call = self._calls.pop(ref, None)
+        if call is None:
+            # An answer of the same batch told that its replica is gone, and with it this one is void.
+            return
         now_s = time.monotonic()
         try:
             answer: object = ray.get(ref)
@@ -211,7 +215,7 @@ class _Run:
             # Replicas answer with Failure values; what arrives as an exception is a mistake of ours.
             answer = Failure("replica", type(error.cause).__name__, str(error.cause))
         except ray.exceptions.RayError as error:
-            answer = Failure("replica", type(error).__name__, _first_line(error))
+            answer = Failure("replica", type(error).__name__, _cause_of_death(error))
         match answer:
             case ReplicaStarted():
                 self._replica_ready(call.replica_id, answer, now_s)
@@ -364,5 +368,10 @@ class _Run:
         )
 
 
-def _first_line(error: BaseException) -> str:
+def _cause_of_death(error: ray.exceptions.RayError) -> str:
+    """The sentence of Ray's page-long message that says how the worker ended, else its first line."""
+    text = " ".join(str(error).split())
+    match = re.search(r"Worker exit type: (\w+) Worker exit detail: ([^.]+)", text)
+    if match is not None:
+        return f"its process ended, {match[1]}: {match[2]}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

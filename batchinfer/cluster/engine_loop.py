@@ -7,7 +7,8 @@ device waits for the engine's own work only.
 
 import queue
 import threading
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from batchinfer.engine.engine import Engine, EngineStats, Generation, Sequence
@@ -39,6 +40,7 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[tuple[SequenceOf[Sequence], _Ticket] | None] = queue.SimpleQueue()
         self._tickets: dict[tuple[str, int], _Ticket] = {}
         self._failure: BaseException | None = None
+        self._closed = False
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -58,13 +60,15 @@ class EngineLoop:
 
         Raises:
             EngineFailed: the engine raised, now or before.
-            EngineClosed: :meth:`close` was called meanwhile.
+            EngineClosed: :meth:`close` was called, meanwhile or before.
         """
         batch = tuple(sequences)
         if not batch:
             return []
         ticket = _Ticket(len(batch))
         with self._lock:
+            if self._closed:
+                raise EngineClosed("the replica is closing")
             if self._failure is not None:
                 raise EngineFailed(str(self._failure)) from self._failure
             self._inbox.put((batch, ticket))
@@ -89,7 +93,7 @@ class EngineLoop:
         except BaseException as raised:  # noqa: BLE001 - handed to every waiting caller, which raises it
             error = raised
         with self._lock:
-            self._failure = error if error is not None else EngineClosed("the replica is closing")
+            self._failure, self._closed = error, error is None
             waiting = {id(ticket): ticket for ticket in self._tickets.values()}
             while not self._inbox.empty():
                 if (item := self._inbox.get()) is not None:

@@ -12,11 +12,11 @@ import pyarrow as pa
 from batchinfer.cluster.tally import Tally
 from batchinfer.errors import FingerprintMismatch, ModelError
 from batchinfer.fingerprint import Fingerprint, diff, fingerprint
-from batchinfer.models.files import check_config_files, max_model_len, read_config
+from batchinfer.models.files import check_config_files, has_chat_template, max_model_len, read_config
 from batchinfer.models.identity import tokenizer_identity
 from batchinfer.models.locate import Preflight, locate_model, preflight
 from batchinfer.planner import InputPlan, check_output_apart, columns_to_read, merge_plans, plan_input
-from batchinfer.prompts.columns import check_schema, required_columns
+from batchinfer.prompts.columns import NO_CHAT_TEMPLATE, check_schema, required_columns
 from batchinfer.records import Plan, WorkUnit
 from batchinfer.spec import JobSpec
 from batchinfer.storage.filesystem import download_tree, locate
@@ -92,6 +92,8 @@ def prepare(spec: JobSpec) -> Preparation:
 def look_at_job(spec: JobSpec) -> JobFacts:
     """Model and input of a job; reads the model's small files and the shards' footers."""
     model = _look_at_model(spec)
+    if spec.prompt.applies_chat_template and not has_chat_template(model.directory):
+        raise ModelError(f"{model.directory}: {NO_CHAT_TEMPLATE}")
     found = plan_input(spec.input.paths, spec.input.storage_options, spec.execution.rows_per_unit)
     for each in found.schemas:
         check_schema(spec.prompt, spec.sampling, each.schema, f"shard {each.example.path}")

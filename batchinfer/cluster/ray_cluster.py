@@ -4,6 +4,8 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,6 +33,7 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
     # Wanted are neither usage reports over the network nor a rewritten CUDA_VISIBLE_DEVICES on CPU actors.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if cluster.address is None:
             logger.info("starting Ray inside this process")
@@ -49,6 +52,9 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
             f"cluster.address {cluster.address or 'null (in this process)'}: Ray does not answer ({error}); "
             "check the address with `ray status`, then run again"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put its own handler there, which ends the process before it can say how to go on.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -93,15 +94,16 @@ def start_actor(setup: ReplicaSetup, name: str) -> "ActorHandle[Replica]":
 
     Ray's own restarts and retries are off: when and where a unit is tried again is the work queue's decision.
     """
-    actor: ActorHandle[Replica] = ray.remote(Replica).options(
+    actor = ray.remote(Replica).options(
         name=name,
         num_cpus=setup.num_cpus,
         num_gpus=setup.num_gpus,
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=MAX_CONCURRENCY,
-    ).remote(setup)  # type: ignore[assignment]  # Ray types options() as if it gave the class back
-    return actor
+    )
+    # Ray types options() as if it gave the class itself back.
+    return cast("ActorHandle[Replica]", actor.remote(setup))
 
 
 def _start(setup: ReplicaSetup, started_s: float) -> tuple[_Parts, ReplicaStarted]:
@@ -117,7 +119,9 @@ def _start(setup: ReplicaSetup, started_s: float) -> tuple[_Parts, ReplicaStarte
         spec.prompt, spec.sampling, tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size
     )
     pipeline = UnitPipeline(
-        reader=ParquetReader(partial(locate, storage_options=spec.input.storage_options, blames=InputError), setup.schema),
+        reader=ParquetReader(
+            partial(locate, storage_options=spec.input.storage_options, blames=InputError), setup.schema
+        ),
         renderer=renderer,
         engine_loop=(engine_loop := EngineLoop(engine.engine)),
         texts=Texts(detokenizer, frozenset(engine.eos_token_ids)),

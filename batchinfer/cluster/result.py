@@ -57,7 +57,9 @@ class JobResult:
     @property
     def exit_code(self) -> int:
         """0 complete, 1 dead letters remain, 3 units remain: run again."""
-        return {"complete": EXIT_COMPLETE, "dead_letters": EXIT_DEAD_LETTERS, "unfinished": EXIT_RUN_AGAIN}[self.outcome]
+        return {"complete": EXIT_COMPLETE, "dead_letters": EXIT_DEAD_LETTERS, "unfinished": EXIT_RUN_AGAIN}[
+            self.outcome
+        ]
 
     def as_json(self) -> dict[str, object]:
         """For ``--json``: plain values only."""

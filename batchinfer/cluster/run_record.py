@@ -10,6 +10,7 @@ from batchinfer import __version__
 from batchinfer.cluster.prepare import Preparation
 from batchinfer.fingerprint import redacted_spec
 from batchinfer.records import UnitResult
+from batchinfer.redact import redact
 from batchinfer.storage.events import EventLog, EventValue, open_event_log
 from batchinfer.storage.layout import clear_staging, set_aside, write_job, write_plan
 
@@ -78,11 +79,12 @@ class RunRecord:
             self._log.write(kind, **facts)
 
     def event(self, kind: str, **facts: EventValue) -> None:
-        """Write one event: counts and ids, never a row's text."""
+        """Write one event: counts, ids and errors, never a row's text; a URI in an error loses its credentials."""
+        clean = {name: redact(value) if isinstance(value, str) else value for name, value in facts.items()}
         if self._log is None:
-            self._held_back.append((kind, facts))
+            self._held_back.append((kind, clean))
         else:
-            self._log.write(kind, **facts)
+            self._log.write(kind, **clean)
 
     def unit_committed(self, replica_id: int, result: UnitResult) -> None:
         """The event that status and report count by."""

@@ -33,7 +33,7 @@ class Tally:
     _rates: RateMeter = field(default_factory=RateMeter)
 
     def unit_committed(self, replica_id: int, result: UnitResult) -> None:
-        """Count one unit; one that another replica had committed adds rows but no tokens or dead letters twice."""
+        """Count one unit, committed now or found committed by a replica that died before it could say so."""
         self.num_rows_committed += result.num_rows
         self.num_units_committed += 1
         self.num_completions += result.num_completions
@@ -55,7 +55,9 @@ class Tally:
         self._gone_completion_tokens += stats.num_completion_tokens
         del self._rows_committed_by[replica_id]
 
-    def progress(self, at_s: float, elapsed_s: float, num_ready: int, num_starting: int, num_given_up: int) -> RunProgress:
+    def progress(
+        self, at_s: float, elapsed_s: float, num_ready: int, num_starting: int, num_given_up: int
+    ) -> RunProgress:
         """The numbers of this moment; call it about once a second, rates are taken between the calls."""
         finished = sum(
             max(0, stats.num_finished // self.samples_per_row - self._rows_committed_by[replica_id])

@@ -17,6 +17,8 @@ __all__ = [
     "check_config_files",
     "check_model_files",
     "check_weight_names",
+    "has_chat_template",
+    "has_tokenizer",
     "max_model_len",
     "model_type",
     "read_config",
@@ -147,6 +149,16 @@ def has_tokenizer(directory: Path) -> bool:
     """Whether the vocabulary of a tokenizer lies in the directory."""
     wanted = _tokenizer_files(model_type(read_config(directory)))
     return any((directory / name).exists() for name in wanted)
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Whether the tokenizer of the directory will have a chat template, as far as its files tell.
+
+    A ``chat_template.json`` does not count: transformers gives it to processors of images and sound, not to tokenizers.
+    """
+    if (directory / "chat_template.jinja").exists():
+        return True
+    return bool((_read_json(directory / "tokenizer_config.json") or {}).get("chat_template"))
 
 
 def _tokenizer_files(family: str) -> tuple[str, ...]:

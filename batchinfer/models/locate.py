@@ -12,11 +12,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from batchinfer.errors import ModelError, StorageUnavailable
+from batchinfer.errors import ModelError
+from batchinfer.models import hub
 from batchinfer.models.architecture import check_architecture
 from batchinfer.models.files import (
     CONFIG_FILES,
@@ -36,8 +37,6 @@ Fetch = Callable[[str, Path], None]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = (*CONFIG_FILES, *TOKENIZER_FILES)
 _MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-#: Folders hold other formats (original/, onnx/); consolidated files repeat Mistral's weights under other names.
-_IGNORED_FILES = ("*/*", "consolidated*")
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class Preflight:
 
     directory: Path
     revision: str | None
-    identity: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, str]
 
 
 def cache_directory() -> Path:
@@ -75,7 +74,7 @@ def locate_model(path: str, revision: str | None = None, *, fetch: Fetch | None 
         case "uri":
             return _fetched(path, fetch)
         case "hub":
-            return _snapshot(path, revision, _MODEL_FILES)
+            return _hub_snapshot(path, revision, _MODEL_FILES)
 
 
 def preflight(
@@ -86,25 +85,17 @@ def preflight(
     Of a hub model only configuration and tokenizer are downloaded. A URI is fetched whole, as a replica on
     this node would. Raises ModelError as ``check_model_files`` does, and what :func:`locate_model` raises.
     """
-    kind = _kind(path, revision)
-    directory = _snapshot(path, revision, _SMALL_FILES) if kind == "hub" else locate_model(path, revision, fetch=fetch)
-    if kind == "hub":
-        check_config_files(directory, needs_tokenizer=needs_tokenizer)
-        _check_hub_weights(path, directory.name)
-    else:
-        check_model_files(directory, needs_tokenizer=needs_tokenizer)
-    config = read_config(directory)
-    if config.get("auto_map"):
-        # Elsewhere the replica's own check is enough; this one costs the driver the import of transformers.
-        check_architecture(config)
-    if kind == "hub":
-        return Preflight(directory, directory.name, {"hub": path, "commit": directory.name})
+    if _kind(path, revision) == "hub":
+        return _hub_preflight(path, revision, needs_tokenizer=needs_tokenizer)
+    directory = locate_model(path, revision, fetch=fetch)
+    check_model_files(directory, needs_tokenizer=needs_tokenizer)
+    _check_own_code(directory)
     return Preflight(directory, None, directory_identity(directory))
 
 
 def hub_identity(path: str, revision: str | None = None) -> str:
     """The commit that ``revision`` of a hub model points at now (or last did, offline); downloads small files only."""
-    return _snapshot(path, revision, _SMALL_FILES).name
+    return _hub_snapshot(path, revision, _SMALL_FILES).name
 
 
 def _kind(path: str, revision: str | None) -> Literal["directory", "hub", "uri"]:
@@ -123,91 +114,27 @@ def _kind(path: str, revision: str | None) -> Literal["directory", "hub", "uri"]
     return kind
 
 
-def _snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """``<hub cache>/models--<repo>/snapshots/<commit>`` with the files that match."""
-    from huggingface_hub import snapshot_download
-
-    with _lock(f"hub-{repo_id.replace('/', '--')}"), _hub_errors(repo_id, revision):
-        snapshot = snapshot_download(
-            repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_IGNORED_FILES)
-        )
-    return Path(snapshot)
-
-
-def _check_hub_weights(repo_id: str, commit: str) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    try:
-        with _hub_errors(repo_id, commit):
-            names = HfApi().list_repo_files(repo_id, revision=commit)
-    except ModelError as error:
-        if not isinstance(error.__cause__, OfflineModeIsEnabled):
-            raise
-        return  # the weights are in some node's cache, or its replica says what is missing
-    check_weight_names(names, f"{repo_id} at {commit[:12]}")
+def _hub_preflight(repo_id: str, revision: str | None, *, needs_tokenizer: bool) -> Preflight:
+    directory = _hub_snapshot(repo_id, revision, _SMALL_FILES)
+    commit = directory.name
+    check_config_files(directory, needs_tokenizer=needs_tokenizer)
+    names = hub.file_names(repo_id, commit)
+    if names is not None:
+        check_weight_names(names, f"{repo_id} at {commit[:12]}")
+    _check_own_code(directory)
+    return Preflight(directory, commit, {"hub": repo_id, "commit": commit})
 
 
-@contextmanager
-def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """The hub client's errors as ours; the one place that knows them."""
-    from huggingface_hub import constants, errors
-
-    named = f"model.path {repo_id}" + (f" at revision {revision}" if revision else "")
-    login = "set HF_TOKEN to a token of an account that may read it"
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise ModelError(f"{named}: the model is gated; accept its licence on its hub page and {login}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{named}: no such model on {constants.ENDPOINT}, and no such directory here; check the spelling, or if "
-            f"it is private, {login}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{named}: the model has no such revision; check model.revision") from error
-    except errors.HFValidationError as error:
-        raise ModelError(f"{named}: not a hub id (organisation/name), and no such directory here") from error
-    except errors.LocalEntryNotFoundError as error:
-        if _is_temporary(error.__cause__):
-            raise StorageUnavailable(
-                f"{named}: {constants.ENDPOINT} answers with errors ({error.__cause__})"
-            ) from error
-        raise ModelError(_not_reachable(named)) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise ModelError(_not_reachable(named)) from error
-    except errors.HfHubHTTPError as error:
-        if _is_temporary(error):
-            raise StorageUnavailable(f"{named}: {constants.ENDPOINT} answers with errors ({error})") from error
-        raise ModelError(f"{named}: {constants.ENDPOINT} refused the download ({error}); {login}") from error
-    except errors.HTTPError as error:  # type: ignore[attr-defined]  # of httpx or httpx2, by the client's version
-        raise StorageUnavailable(f"{named}: the download from {constants.ENDPOINT} broke off ({error})") from error
-    except OSError as error:
-        raise ModelError(
-            f"{named}: cannot be stored in {constants.HF_HUB_CACHE} ({error.strerror or error}); set HF_HOME to a "
-            "writable directory with room for the weights"
-        ) from error
+def _check_own_code(directory: Path) -> None:
+    config = read_config(directory)
+    if "auto_map" in config:
+        # Elsewhere the replica's own check is enough; this one costs the driver the import of transformers.
+        check_architecture(config)
 
 
-def _is_temporary(error: BaseException | None) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not isinstance(error, HfHubHTTPError):
-        return False
-    status: int = error.response.status_code
-    return status >= 500 or status in (408, 429)
-
-
-def _not_reachable(named: str) -> str:
-    from huggingface_hub import constants
-
-    why = (
-        "the hub client is offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"no answer: {constants.ENDPOINT}"
-    )
-    return (
-        f"{named}: no such directory here, not in the hub cache {constants.HF_HUB_CACHE}, and {why}; download the "
-        "model on a machine with network access and give its directory as model.path"
-    )
+def _hub_snapshot(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    with _lock(f"hub-{repo_id.replace('/', '--')}"):
+        return hub.snapshot(repo_id, revision, patterns)
 
 
 def _fetched(uri: str, fetch: Fetch | None) -> Path:

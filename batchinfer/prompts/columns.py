@@ -30,6 +30,13 @@ SAMPLING_TYPES = {
 }
 
 
+#: Ends an error about a chat template; ``prepare`` finds a missing one in the model's files, the renderer all others.
+WITHOUT_CHAT_TEMPLATE = (
+    "set prompt.chat: false for plain text, or write the whole prompt as prompt.template with chat: false"
+)
+NO_CHAT_TEMPLATE = f"the job applies a chat template and the model has none; {WITHOUT_CHAT_TEMPLATE}"
+
+
 def required_columns(prompt: PromptSpec) -> tuple[str, ...]:
     """The columns the reader must deliver, each once. Raises SpecError for a template that does not parse."""
     if prompt.template is not None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 from jinja2 import TemplateSyntaxError
 
 from batchinfer.errors import ModelError, RowRejected
-from batchinfer.prompts.columns import check_schema, required_columns
+from batchinfer.prompts.columns import NO_CHAT_TEMPLATE, WITHOUT_CHAT_TEMPLATE, check_schema, required_columns
 from batchinfer.prompts.sampling import RowSampling
 from batchinfer.prompts.template import RowTemplate, short_error
 from batchinfer.prompts.values import Message, accepted, cells, each, messages_of, override_of, text_of, token_ids_of
@@ -130,13 +130,14 @@ class PromptRenderer:
 
     def _check_chat_template(self) -> None:
         assert self._tokenizer is not None
-        way_out = "set prompt.chat: false for plain text, or write the whole prompt as prompt.template with chat: false"
         if not self._tokenizer.chat_template:
-            raise ModelError(f"the job applies a chat template and the model has none; {way_out}")
+            raise ModelError(NO_CHAT_TEMPLATE)
         try:
             self._tokenizer.get_chat_template()
         except ValueError as error:
-            raise ModelError(f"the model's chat templates have no default among them; {way_out}") from error
+            raise ModelError(
+                f"the model's chat templates have no default among them; {WITHOUT_CHAT_TEMPLATE}"
+            ) from error
         # A template may insist on what only real rows have. That a syntax error is no row's fault shows here at once.
         with suppress(RowRejected):
             self._apply_chat_template([{"role": "user", "content": "Hi"}])

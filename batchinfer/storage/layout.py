@@ -84,10 +84,12 @@ def parse_unit_id(unit_id: str) -> WorkUnit | None:
 
 
 def completions_part(output: Location, unit_id: str) -> Location:
+    """Where the unit's completions are, or will be."""
     return output.child(f"{COMPLETIONS}/{part_name(unit_id)}")
 
 
 def errors_part(output: Location, unit_id: str) -> Location:
+    """Where the unit's dead letters are, if it has any."""
     return output.child(f"{ERRORS}/{part_name(unit_id)}")
 
 
@@ -97,6 +99,7 @@ def staging(output: Location) -> Location:
 
 
 def lease_file(output: Location) -> Location:
+    """Where the lease of the run that holds the output is."""
     return output.child(_LEASE_FILE)
 
 
@@ -129,7 +132,9 @@ def count_dead_letters(output: Location, committed: Collection[str]) -> int:
 
 
 def check_usable(output: Location) -> None:
-    """OutputError when the directory holds something and none of it is a batchinfer job."""
+    """OutputError for a file, and for a directory that holds something of which nothing is a batchinfer job."""
+    if output.is_file():
+        raise OutputError(f"{output}: is a file; output.path must name a directory, choose another one")
     top_level = {name for name in output.names() if not name.startswith(".")}
     foreign = sorted(top_level - {JOB})
     if foreign and read_job(output) is None:

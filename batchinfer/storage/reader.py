@@ -63,7 +63,7 @@ class ParquetReader:
         """
         cursor = self._take_cursor(shard, unit.first_row)
         try:
-            cursor = cursor or _Cursor.open(shard, self._locate(shard.uri), self._schema)
+            cursor = cursor or _Cursor.open(shard, self._locate(shard.uri), self._schema.names)
             batches = cursor.read(unit.first_row, unit.num_rows, self._damage)
             error = None
         except _Damaged as damaged:
@@ -83,7 +83,7 @@ class ParquetReader:
             raise
         if cursor is not None:
             self._keep_cursor(cursor)
-        table = pa.Table.from_batches(batches, schema=self._schema)
+        table = pa.Table.from_batches([_with_schema(batch, self._schema) for batch in batches], schema=self._schema)
         return UnitRows(table, unit.num_rows - table.num_rows, error)
 
     def close(self) -> None:
@@ -126,8 +126,7 @@ class _Cursor:
     """One open shard and a position in it that only moves forward. Used by one thread at a time."""
 
     shard: Shard
-    location: Location
-    schema: pa.Schema
+    columns: list[str]
     source: "pa.NativeFile | BinaryIO"
     file: pq.ParquetFile
     #: First row of each row group, and the number of rows behind the last.
@@ -139,7 +138,7 @@ class _Cursor:
     _rest: pa.RecordBatch | None = None
 
     @classmethod
-    def open(cls, shard: Shard, location: Location, schema: pa.Schema) -> "_Cursor":
+    def open(cls, shard: Shard, location: Location, columns: list[str]) -> "_Cursor":
         source = location.open_random()
         try:
             file = pq.ParquetFile(
@@ -155,7 +154,7 @@ class _Cursor:
             starts = [0]
             for group in range(file.num_row_groups):
                 starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-            return cls(shard, location, schema, source, file, starts)
+            return cls(shard, columns, source, file, starts)
         except (pa.ArrowException, OSError) as error:
             source.close()
             raise _Damaged([], _cause(error, shard)) from error
@@ -174,7 +173,7 @@ class _Cursor:
     def read(
         self, first_row: int, num_rows: int, damage: dict[tuple[str, int], tuple[int, str]]
     ) -> list[pa.RecordBatch]:
-        """Rows ``first_row .. first_row + num_rows - 1`` in ``schema``; _Damaged carries those before damage.
+        """Rows ``first_row .. first_row + num_rows - 1`` as stored; _Damaged carries those before damage.
 
         ``first_row`` must not lie before ``next_row``. After _Damaged the cursor is of no more use.
         """
@@ -191,8 +190,8 @@ class _Cursor:
             except (pa.ArrowException, OSError) as error:
                 good, first_bad_row, cause = self._rows_before_damage(group, row, _cause(error, self.shard))
                 damage[(self.shard.shard_id, group)] = (first_bad_row, cause)
-                wanted += [batch.slice(0, missing) for batch in good]
-                if sum(batch.num_rows for batch in wanted) >= num_rows:
+                wanted += good[:missing]
+                if len(good) >= missing:
                     # The damage lies behind this unit, in a batch that reached beyond it.
                     self._group = -1
                     self._rest = None
@@ -219,28 +218,28 @@ class _Cursor:
         rest = self._rest.slice(skipped + taken.num_rows)
         self.next_row = row + taken.num_rows
         self._rest = rest if rest.num_rows else None
-        return _with_schema(taken, self.schema)
+        return taken
 
     def _start(self, group: int) -> None:
         self._batches = self.file.iter_batches(
-            batch_size=_ROWS_PER_BATCH, row_groups=[group], columns=self.schema.names, use_threads=False
+            batch_size=_ROWS_PER_BATCH, row_groups=[group], columns=self.columns, use_threads=False
         )
         self._group, self._rest, self.next_row = group, None, self.group_starts[group]
 
     def _rows_before_damage(self, group: int, row: int, cause: str) -> tuple[list[pa.RecordBatch], int, str]:
         """Rows ``row ..`` that can be read one by one: at most a batch of them, for the batch failed as a whole.
 
-        Returns them, the row that cannot be read, and why. Decodes the row group from its start, once in a
-        reader's life.
+        Returns them as batches of one row, the row that cannot be read, and why. Decodes the row group from its
+        start, once in a reader's life.
         """
         good: list[pa.RecordBatch] = []
         position = self.group_starts[group]
         try:
             for batch in self.file.iter_batches(
-                batch_size=1, row_groups=[group], columns=self.schema.names, use_threads=False
+                batch_size=1, row_groups=[group], columns=self.columns, use_threads=False
             ):
                 if position >= row:
-                    good.append(_with_schema(batch, self.schema))
+                    good.append(batch)
                 position += batch.num_rows
                 if len(good) > _ROWS_PER_BATCH:
                     break
@@ -267,7 +266,7 @@ def _cause(error: Exception, shard: Shard) -> str:
 
 
 def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch in the schema's column order and types; a shard may hold a column as large_string or as null."""
+    """The batch in the schema's column order and types; a shard may hold large_string, dictionary or null."""
     columns = [
         column if column.type == wanted.type else column.cast(wanted.type)
         for wanted in schema

@@ -11,7 +11,8 @@ import argparse
 import gc
 import random
 import time
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +77,7 @@ def run_generate(model: PreTrainedModel, rows: SequenceOf[Row]) -> None:
 
 
 def run_padded(model: PreTrainedModel, rows: SequenceOf[Row], max_batch_rows: int | None) -> None:
-    engine = PaddedEngine(
-        model, eos_token_ids=(), pad_token_id=0, max_model_len=2048, max_batch_rows=max_batch_rows
-    )
+    engine = PaddedEngine(model, eos_token_ids=(), pad_token_id=0, max_model_len=2048, max_batch_rows=max_batch_rows)
     engine.submit(
         Sequence(Prompt(f"bench:{i}", row.prompt, SamplingParams(max_new_tokens=row.num_new_tokens, ignore_eos=True)))
         for i, row in enumerate(rows)

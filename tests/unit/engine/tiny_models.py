@@ -99,7 +99,7 @@ def padded(model: PreTrainedModel, **arguments: Any) -> PaddedEngine:
     return PaddedEngine(model, **{**defaults, **arguments})
 
 
-def drain(engine: Any, submitted: Iterable[Sequence], max_steps: int = 5000) -> dict[tuple[str, int], Generation]:
+def drain(engine: Any, submitted: Iterable[Sequence], max_steps: int = 100_000) -> dict[tuple[str, int], Generation]:
     """Submit, step to the end; generations by sequence id, each exactly once."""
     engine.submit(submitted)
     ends: dict[tuple[str, int], Generation] = {}

@@ -80,11 +80,11 @@ def serve() -> Iterator[FakeHub]:
             if with_body:
                 self.wfile.write(body)
 
-        def log_message(self, format: str, *_: object) -> None:
+        def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Requests)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     try:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 
 from batchinfer.errors import ModelError, StorageUnavailable
 from batchinfer.models.files import check_model_files
@@ -27,6 +27,8 @@ def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHINFER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    # Whatever the environment says: these tests have a hub of their own, on the loopback interface.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
@@ -127,20 +129,40 @@ def test_the_preflight_refuses_a_hub_model_without_a_tokenizer_where_one_is_need
     ("refusal", "error", "message"),
     [
         ((404, "RepoNotFound"), ModelError, "no such model on http://127.0.0.1.*check the spelling"),
-        ((401, ""), ModelError, "no such model on .*set HF_TOKEN"),
+        ((401, "RepoNotFound"), ModelError, "no such model on .*if it is private, set HF_TOKEN"),
+        ((401, ""), ModelError, r"refused the download \(HTTP 401\); set HF_TOKEN"),
         ((403, "GatedRepo"), ModelError, "gated; accept its licence on its hub page and set HF_TOKEN"),
-        ((403, ""), ModelError, "set HF_TOKEN|no answer"),
-        ((500, ""), StorageUnavailable, "answers with errors"),
+        ((403, ""), ModelError, r"refused the download \(HTTP 403\); set HF_TOKEN"),
+        ((500, ""), StorageUnavailable, r"cannot serve it now \(HTTP 500\); run again later"),
     ],
-    ids=["unknown", "private", "gated", "forbidden", "down"],
+    ids=["unknown", "private", "logged-out", "gated", "forbidden", "down"],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_the_hub_refuses_is_named_with_the_way_out(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, refusal: tuple[int, str], error: type[Exception], message: str
+    hub: FakeHub, refusal: tuple[int, str], error: type[Exception], message: str
 ) -> None:
     hub.refusals["org/private"] = refusal
     with pytest.raises(error, match=rf"model\.path org/private: .*({message})"):
         locate_model("org/private")
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "message"),
+    [
+        (errors.HTTPError("reset by peer"), StorageUnavailable, r"broke off \(reset by peer\)"),
+        (OSError(28, "No space left on device"), ModelError, r"No space left on device\); set HF_HOME"),
+        (errors.HFValidationError("bad id"), ModelError, "not a hub id"),
+    ],
+    ids=["connection", "disk", "id"],
+)
+def test_a_download_that_breaks_off_is_named(
+    monkeypatch: pytest.MonkeyPatch, broken: Exception, error: type[Exception], message: str
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise broken
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(error, match=message):
+        locate_model(REPO)
 
 
 def test_an_unknown_revision_is_named(hub: FakeHub) -> None:

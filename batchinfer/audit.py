@@ -266,7 +266,8 @@ def _columns(
         findings.append(Finding("wrong_unit", part.name, f"its footer says {written.get('unit_id')}"))
     try:
         with part.location.open_random() as source:
-            table = pq.ParquetFile(source, metadata=metadata).read(columns=[ROW_ID, second], use_threads=False)
+            file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
+            table = file.read(columns=[ROW_ID, second], use_threads=False)
             row_ids, others = table.column(ROW_ID), table.column(second)
     except (pa.ArrowException, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:

@@ -1,0 +1,32 @@
+"""Fixtures for every layer: one Ray for the session, tiny models, a clean environment."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_exaone3
+
+# Before Ray is imported anywhere: no reports over the network, no rewriting of CUDA_VISIBLE_DEVICES.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray inside the test process, started once; runs in the same process use it and leave it alone."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def exaone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random EXAONE 3.0 checkpoint in hub layout, with a tokenizer and the EXAONE 3.x chat template."""
+    directory = tmp_path_factory.mktemp("exaone")
+    tiny_exaone3(directory)
+    return directory

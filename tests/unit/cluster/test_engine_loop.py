@@ -1,0 +1,199 @@
+"""The desk in front of the engine: many threads wait, one drives, everybody gets their own back."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from batchinfer.cluster.engine_loop import EngineClosed, EngineFailed, EngineLoop
+from batchinfer.engine.engine import Generation, Sequence
+from batchinfer.engine.fake import FakeBehaviour, FakeEngine, FakeEngineFault
+from batchinfer.records import Prompt, SamplingParams
+
+
+def sequences(unit: str, count: int, max_new_tokens: int = 4) -> list[Sequence]:
+    sampling = SamplingParams(max_new_tokens=max_new_tokens)
+    return [Sequence(Prompt(f"{unit}:{index}", (1, 2, index), sampling)) for index in range(count)]
+
+
+class GatedEngine(FakeEngine):
+    """A fake engine whose steps wait for :meth:`open`; remembers which units each step finished rows of."""
+
+    def __init__(self, capacity: int = 256) -> None:
+        super().__init__(capacity=capacity)
+        self._gate = threading.Event()
+        self._submitted = threading.Semaphore(0)
+        self.units_of_steps: list[set[str]] = []
+        self.threads: set[int] = set()
+        self.closed = False
+
+    def wait_for_submissions(self, count: int) -> None:
+        for _ in range(count):
+            assert self._submitted.acquire(timeout=10)
+
+    def open(self) -> None:
+        self._gate.set()
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        self.threads.add(threading.get_ident())
+        super().submit(sequences)
+        self._submitted.release()
+
+    def step(self) -> list[Generation]:
+        assert self._gate.wait(10)
+        self.threads.add(threading.get_ident())
+        finished = super().step()
+        self.units_of_steps.append({gen.sequence.prompt.row_id.partition(":")[0] for gen in finished})
+        return finished
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
+
+
+def wait_for_queued(loop: EngineLoop, count: int) -> None:
+    """Until so many calls lie in the loop's inbox while its thread is inside a step."""
+    deadline_s = time.monotonic() + 10
+    while loop._inbox.qsize() < count:
+        assert time.monotonic() < deadline_s
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def test_every_thread_gets_its_own_generations_back(threads: ThreadPoolExecutor) -> None:
+    loop = EngineLoop(FakeEngine(capacity=7))
+    waiting: dict[str, Future[list[Generation]]] = {
+        unit: threads.submit(loop.generate, sequences(unit, 50)) for unit in "abcdef"
+    }
+    for unit, answer in waiting.items():
+        found = sorted(gen.sequence.prompt.row_id for gen in answer.result(10))
+        assert found == sorted(f"{unit}:{index}" for index in range(50))
+    loop.close()
+
+
+def test_sequences_of_several_units_share_a_step_and_one_thread_drives(threads: ThreadPoolExecutor) -> None:
+    engine = GatedEngine()
+    loop = EngineLoop(engine)
+    first = threads.submit(loop.generate, sequences("a", 3))
+    # The loop is inside its first step once it has submitted, so the other two are taken together before the next.
+    engine.wait_for_submissions(1)
+    others = [threads.submit(loop.generate, sequences(unit, 3)) for unit in "bc"]
+    wait_for_queued(loop, 2)
+    engine.open()
+    for answer in (first, *others):
+        assert len(answer.result(10)) == 3
+    assert engine.units_of_steps == [{"a"}, {"b", "c"}]
+    assert len(engine.threads) == 1
+    assert engine.threads != {threading.get_ident()}
+    loop.close()
+
+
+def test_a_unit_waits_for_its_slowest_row_only(threads: ThreadPoolExecutor) -> None:
+    """With room for two rows, the small unit ends while the large one is still going."""
+    engine = GatedEngine(capacity=2)
+    loop = EngineLoop(engine)
+    small = threads.submit(loop.generate, sequences("small", 2))
+    engine.wait_for_submissions(1)
+    large = threads.submit(loop.generate, sequences("large", 6))
+    engine.open()
+    assert len(small.result(10)) == 2
+    assert len(large.result(10)) == 6
+    assert engine.units_of_steps[0] == {"small"}
+    loop.close()
+
+
+def test_nothing_to_generate_is_answered_at_once() -> None:
+    engine = GatedEngine()
+    loop = EngineLoop(engine)
+    assert loop.generate([]) == []
+    loop.close()
+    assert engine.units_of_steps == []
+
+
+def test_an_engine_that_raises_fails_every_waiting_caller_and_later_ones(threads: ThreadPoolExecutor) -> None:
+    class Broken(GatedEngine):
+        def step(self) -> list[Generation]:
+            super().step()
+            raise RuntimeError("CUDA error: device-side assert")
+
+    engine = Broken()
+    loop = EngineLoop(engine)
+    first = threads.submit(loop.generate, sequences("a", 3))
+    engine.wait_for_submissions(1)
+    # This one is still in the inbox when the engine breaks.
+    second = threads.submit(loop.generate, sequences("b", 3))
+    wait_for_queued(loop, 1)
+    engine.open()
+    for answer in (first, second):
+        with pytest.raises(EngineFailed, match="device-side assert") as raised:
+            answer.result(10)
+        assert isinstance(raised.value.__cause__, RuntimeError)
+    with pytest.raises(EngineFailed, match="device-side assert"):
+        loop.generate(sequences("c", 1))
+    assert isinstance(loop.failure, RuntimeError)
+    loop.close()
+    assert engine.closed
+
+
+def test_an_engine_that_cannot_take_sequences_fails_their_caller() -> None:
+    class Refusing(FakeEngine):
+        def submit(self, sequences: Iterable[Sequence]) -> None:
+            raise MemoryError("no room")
+
+    loop = EngineLoop(Refusing())
+    with pytest.raises(EngineFailed, match="no room"):
+        loop.generate(sequences("a", 1))
+    loop.close()
+
+
+def test_the_fault_of_the_fake_engine_arrives_as_itself() -> None:
+    loop = EngineLoop(FakeEngine(FakeBehaviour(error_rate=1.0)))
+    with pytest.raises(EngineFailed) as raised:
+        loop.generate(sequences("a", 1))
+    assert isinstance(raised.value.__cause__, FakeEngineFault)
+    loop.close()
+
+
+def test_close_wakes_waiters_and_refuses_later_ones(threads: ThreadPoolExecutor) -> None:
+    engine = GatedEngine(capacity=1)
+    loop = EngineLoop(engine)
+    waiting = threads.submit(loop.generate, sequences("a", 3))
+    engine.wait_for_submissions(1)
+    closing = threads.submit(loop.close)
+    wait_for_queued(loop, 1)
+    engine.open()
+    closing.result(10)
+    with pytest.raises(EngineClosed):
+        waiting.result(10)
+    with pytest.raises(EngineClosed):
+        loop.generate(sequences("b", 1))
+    assert loop.failure is None
+    assert engine.closed
+    assert not loop._thread.is_alive()
+
+
+def test_close_may_be_called_twice() -> None:
+    loop = EngineLoop(FakeEngine())
+    loop.close()
+    loop.close()
+
+
+def test_progress_can_be_asked_for_while_the_engine_idles_and_while_it_works(threads: ThreadPoolExecutor) -> None:
+    engine = GatedEngine()
+    loop = EngineLoop(engine)
+    assert loop.stats().num_finished == 0
+    assert loop.failure is None
+    waiting = threads.submit(loop.generate, sequences("a", 4))
+    engine.wait_for_submissions(1)
+    assert loop.stats().num_waiting == 4
+    engine.open()
+    waiting.result(10)
+    assert loop.stats().num_finished == 4
+    assert loop.stats().num_prompt_tokens == 12
+    loop.close()
