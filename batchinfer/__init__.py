@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from batchinfer.audit import verify
     from batchinfer.cluster.driver import run
     from batchinfer.cluster.result import JobResult
     from batchinfer.errors import BatchinferError
     from batchinfer.job_file import load_job
     from batchinfer.spec import JobSpec
-    from batchinfer.audit import verify
 
 __all__ = ["BatchinferError", "JobResult", "JobSpec", "load_job", "run", "verify"]
 

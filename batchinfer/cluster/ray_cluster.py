@@ -81,10 +81,8 @@ def replica_share(cluster: ClusterSpec) -> ReplicaShare:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     total_gpus, total_cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
     num_gpus = cluster.num_gpus if cluster.num_gpus is not None else (1.0 if total_gpus else 0.0)
-    if cluster.replicas != "auto":
-        num_replicas = cluster.replicas
-    else:
-        num_replicas = int(total_gpus // num_gpus) if num_gpus else 1
+    fitting = int(total_gpus // num_gpus) if num_gpus else 1
+    num_replicas = fitting if cluster.replicas == "auto" else cluster.replicas
     if cluster.num_cpus is not None:
         num_cpus = cluster.num_cpus
     elif num_gpus:

@@ -1,14 +1,17 @@
 """The way of one work unit through a replica: read, render and tokenise, generate, detokenise, publish.
 
-Every unit walks it on a thread of its own, from top to bottom; only the generation happens elsewhere, on the
-engine's thread, where the rows of all units in flight share the batch. Here engine and storage meet.
+Every unit is walked through it by a thread of its own, which mostly waits: rows are prepared and published by
+a few threads that all units share, and generated on the engine's thread, where the rows of all units in flight
+share the batch. Here engine and storage meet.
 """
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import pyarrow as pa
 
 from batchinfer.cluster.engine_loop import EngineLoop
 from batchinfer.cluster.messages import Assignment
@@ -16,7 +19,7 @@ from batchinfer.detokenise import Detokenizer
 from batchinfer.engine.engine import Generation, Sequence
 from batchinfer.engine.stopping import cut_text
 from batchinfer.prompts.renderer import PromptRenderer
-from batchinfer.records import Completion, Prompt, RowError, UnitResult
+from batchinfer.records import Completion, Prompt, RowError, UnitResult, WorkUnit
 from batchinfer.storage.location import Location
 from batchinfer.storage.reader import ParquetReader, UnitRows
 from batchinfer.storage.writer import PartFormat, PublishOutcome, publish_unit
@@ -24,8 +27,9 @@ from batchinfer.storage.writer import PartFormat, PublishOutcome, publish_unit
 #: Dead letter of a row behind the damage in a corrupt shard.
 SHARD_CORRUPT = "shard_corrupt"
 
-#: Units read and tokenised at the same time; more would only hold more rows in memory.
-MAX_PREPARING = 2
+#: Threads that prepare units, and threads that publish them. Few on purpose: the allocators keep memory for each
+#: thread that ever worked, and Ray's pool for an actor has one for every call it may serve.
+NUM_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,17 @@ class Texts:
         return cut_text(text, sampling.stop, len(self.detokenizer.decode(ignored)) if ignored else 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A unit between its reading and its commit."""
+
+    assignment: Assignment
+    rows: pa.Table
+    sequences: tuple[Sequence, ...]
+    #: Dead letters found before the engine saw the unit.
+    errors: list[RowError]
+
+
 class UnitPipeline:
     """Runs units of one job through one engine. Any number of threads may call :meth:`run` at once."""
 
@@ -79,7 +94,8 @@ class UnitPipeline:
         self._texts = texts
         self._output = output
         self._part = part
-        self._preparing = threading.BoundedSemaphore(MAX_PREPARING)
+        self._preparers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prepare")
+        self._publishers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="publish")
 
     def run(self, assignment: Assignment) -> UnitResult:
         """Generate the unit and commit it, whatever becomes of its single rows. May be repeated at any time.
@@ -89,19 +105,25 @@ class UnitPipeline:
             EngineFailed: the engine is unusable, and this replica with it.
         """
         started_s = time.monotonic()
-        with self._preparing:
-            rows = self._reader.read_unit(assignment.shard, assignment.unit)
-            prompts, errors = self._prompts(assignment, rows)
+        work = self._preparers.submit(self._prepare, assignment).result()
         # A crash here loses tokens, never rows: nothing of the unit is on disk before publish_unit.
-        generations = self._engine_loop.generate(
-            Sequence(prompt, sample) for prompt in prompts for sample in range(prompt.sampling.n)
-        )
+        generations = self._engine_loop.generate(work.sequences)
+        return self._publishers.submit(self._publish, work, generations, started_s).result()
+
+    def _prepare(self, assignment: Assignment) -> "_Work":
+        rows = self._reader.read_unit(assignment.shard, assignment.unit)
+        prompts, errors = self._prompts(assignment, rows)
+        sequences = tuple(Sequence(prompt, sample) for prompt in prompts for sample in range(prompt.sampling.n))
+        return _Work(assignment, rows.table, sequences, errors)
+
+    def _publish(self, work: "_Work", generations: SequenceOf[Generation], started_s: float) -> UnitResult:
         failed = {gen.error.row_id: gen.error for gen in generations if gen.error is not None}
-        errors.extend(failed.values())
+        errors = [*work.errors, *failed.values()]
         # A row with one failed sample is a dead letter as a whole; its other samples would be half a row.
         completions = self._completions([gen for gen in generations if gen.sequence.prompt.row_id not in failed])
-        outcome = publish_unit(self._output, assignment.unit, rows.table, completions, errors, self._part)
-        return _result(assignment, completions, errors, outcome, time.monotonic() - started_s)
+        unit = work.assignment.unit
+        outcome = publish_unit(self._output, unit, work.rows, completions, errors, self._part)
+        return _result(unit, completions, errors, outcome, time.monotonic() - started_s)
 
     def _prompts(self, assignment: Assignment, rows: UnitRows) -> tuple[list[Prompt], list[RowError]]:
         unit = assignment.unit
@@ -131,15 +153,15 @@ class UnitPipeline:
 
 
 def _result(
-    assignment: Assignment,
+    unit: WorkUnit,
     completions: SequenceOf[Completion],
     errors: SequenceOf[RowError],
     outcome: PublishOutcome,
     elapsed_s: float,
 ) -> UnitResult:
     return UnitResult(
-        unit_id=assignment.unit.unit_id,
-        num_rows=assignment.unit.num_rows,
+        unit_id=unit.unit_id,
+        num_rows=unit.num_rows,
         num_completions=len(completions),
         num_dead_letters=len(errors),
         num_prompt_tokens=sum(completion.num_prompt_tokens for completion in completions if completion.sample == 0),

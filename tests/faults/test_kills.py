@@ -13,8 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from batchinfer.fingerprint import redacted_spec
 from batchinfer.audit import verify
+from batchinfer.fingerprint import redacted_spec
 from tests.jobs import job, read_rows, write_input
 
 #: How long anything may take before the test calls it hung.

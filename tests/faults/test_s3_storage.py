@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from batchinfer.audit import verify
 from batchinfer.errors import InputError, LeaseHeld, LeaseLost, OutputError, PartExists, StorageUnavailable
 from batchinfer.planner import merge_plans, plan_input
 from batchinfer.storage.events import open_event_log, read_events
@@ -26,7 +27,6 @@ from batchinfer.storage.lease import acquire
 from batchinfer.storage.location import Location
 from batchinfer.storage.reader import ParquetReader
 from batchinfer.storage.writer import PublishOutcome, publish_unit
-from batchinfer.audit import verify
 from tests.outputs import (
     NO_WAIT,
     PART,

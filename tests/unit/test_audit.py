@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchinfer.audit import VerifyReport, verify
 from batchinfer.errors import OutputError
 from batchinfer.planner import merge_plans
 from batchinfer.records import Plan, UnreadableShard, WorkUnit
 from batchinfer.storage.filesystem import locate
 from batchinfer.storage.layout import completions_part, errors_part, staging, write_plan
 from batchinfer.storage.location import Location
-from batchinfer.audit import VerifyReport, verify
 from tests.outputs import PART, begin_job, finished_job, memory_uri, planned, publish, rows_table, write_shard
 
 

@@ -1,11 +1,12 @@
 """The commands: help, exit codes, and with --json one JSON object on stdout and nothing else there."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from batchinfer import errors
 from batchinfer.cli import main
@@ -272,7 +273,4 @@ def test_storage_options_reach_the_storage(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_python_m_is_the_same_program() -> None:
-    import batchinfer.__main__
-
-    assert batchinfer.__main__.main is main
-    assert CliRunner().invoke(batchinfer.__main__.main, ["--version"]).exit_code == 0
+    assert importlib.import_module("batchinfer.__main__").main is main

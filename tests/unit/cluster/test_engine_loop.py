@@ -24,14 +24,14 @@ class GatedEngine(FakeEngine):
     def __init__(self, capacity: int = 256) -> None:
         super().__init__(capacity=capacity)
         self._gate = threading.Event()
-        self._submitted = threading.Semaphore(0)
+        self._stepping = threading.Event()
         self.units_of_steps: list[set[str]] = []
         self.threads: set[int] = set()
         self.closed = False
 
-    def wait_for_submissions(self, count: int) -> None:
-        for _ in range(count):
-            assert self._submitted.acquire(timeout=10)
+    def wait_for_step(self) -> None:
+        """Until the loop is inside a step: what arrives from now on is taken together before the next one."""
+        assert self._stepping.wait(10)
 
     def open(self) -> None:
         self._gate.set()
@@ -39,9 +39,9 @@ class GatedEngine(FakeEngine):
     def submit(self, sequences: Iterable[Sequence]) -> None:
         self.threads.add(threading.get_ident())
         super().submit(sequences)
-        self._submitted.release()
 
     def step(self) -> list[Generation]:
+        self._stepping.set()
         assert self._gate.wait(10)
         self.threads.add(threading.get_ident())
         finished = super().step()
@@ -81,8 +81,7 @@ def test_sequences_of_several_units_share_a_step_and_one_thread_drives(threads: 
     engine = GatedEngine()
     loop = EngineLoop(engine)
     first = threads.submit(loop.generate, sequences("a", 3))
-    # The loop is inside its first step once it has submitted, so the other two are taken together before the next.
-    engine.wait_for_submissions(1)
+    engine.wait_for_step()
     others = [threads.submit(loop.generate, sequences(unit, 3)) for unit in "bc"]
     wait_for_queued(loop, 2)
     engine.open()
@@ -99,7 +98,7 @@ def test_a_unit_waits_for_its_slowest_row_only(threads: ThreadPoolExecutor) -> N
     engine = GatedEngine(capacity=2)
     loop = EngineLoop(engine)
     small = threads.submit(loop.generate, sequences("small", 2))
-    engine.wait_for_submissions(1)
+    engine.wait_for_step()
     large = threads.submit(loop.generate, sequences("large", 6))
     engine.open()
     assert len(small.result(10)) == 2
@@ -125,7 +124,7 @@ def test_an_engine_that_raises_fails_every_waiting_caller_and_later_ones(threads
     engine = Broken()
     loop = EngineLoop(engine)
     first = threads.submit(loop.generate, sequences("a", 3))
-    engine.wait_for_submissions(1)
+    engine.wait_for_step()
     # This one is still in the inbox when the engine breaks.
     second = threads.submit(loop.generate, sequences("b", 3))
     wait_for_queued(loop, 1)
@@ -164,7 +163,7 @@ def test_close_wakes_waiters_and_refuses_later_ones(threads: ThreadPoolExecutor)
     engine = GatedEngine(capacity=1)
     loop = EngineLoop(engine)
     waiting = threads.submit(loop.generate, sequences("a", 3))
-    engine.wait_for_submissions(1)
+    engine.wait_for_step()
     closing = threads.submit(loop.close)
     wait_for_queued(loop, 1)
     engine.open()
@@ -190,7 +189,7 @@ def test_progress_can_be_asked_for_while_the_engine_idles_and_while_it_works(thr
     assert loop.stats().num_finished == 0
     assert loop.failure is None
     waiting = threads.submit(loop.generate, sequences("a", 4))
-    engine.wait_for_submissions(1)
+    engine.wait_for_step()
     assert loop.stats().num_waiting == 4
     engine.open()
     waiting.result(10)
