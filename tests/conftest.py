@@ -15,10 +15,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray inside the test process, started once; runs in the same process use it and leave it alone."""
     import ray
 
+    # Replicas inherit it: models that tests put behind a URI must not end up in the user's cache.
+    os.environ.setdefault("BATCHINFER_CACHE", str(tmp_path_factory.mktemp("cache")))
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()

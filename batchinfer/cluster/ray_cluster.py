@@ -38,6 +38,8 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
         if cluster.address is None:
             logger.info("starting Ray inside this process")
             ray.init(
+                # Left out, it would mean RAY_ADDRESS or whatever `ray start` has left running on this machine.
+                address="local",
                 num_cpus=_cpus_to_offer(cluster),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,

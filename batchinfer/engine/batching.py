@@ -23,10 +23,14 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """A row's tokens so far and how many more it may generate."""
+    """A row's tokens so far and how many more it may generate.
+
+    A copy is another sample of the row before it: it takes a place in the batch, but its prompt is read once.
+    """
 
     length: int
     max_remaining: int
+    is_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def plan_admission(
     rows are running, nobody joins until a group is together (see :func:`group_size`) or everybody fits. An
     empty batch always takes a row, however large: it alone can tell whether it fits the device.
     """
-    num_fitting = num_in_prefill = 0
+    num_fitting = num_in_prefill = num_read = 0
     width, max_remaining, prefill_width = batch.width, batch.max_remaining, 0
     for row in waiting[: limits.max_rows - batch.num_rows]:
         width = max(width, row.length)
@@ -76,8 +80,9 @@ def plan_admission(
         if num_rows > 1 and num_rows * (width + growth) > limits.max_tokens:
             break
         num_fitting += 1
+        num_read += not row.is_copy
         prefill_width = max(prefill_width, row.length)
-        if num_fitting == 1 or num_fitting * prefill_width <= limits.max_prefill_tokens:
+        if num_read <= 1 or num_read * prefill_width <= limits.max_prefill_tokens:
             num_in_prefill = num_fitting
     enough = min(len(waiting), group_size(limits.max_rows, expected_new_tokens))
     return num_in_prefill if batch.num_rows == 0 or num_fitting >= enough else 0

@@ -9,7 +9,7 @@ the limits are halved, and each continues from a prefill of its prompt and its o
 import inspect
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -19,40 +19,14 @@ from batchinfer.engine.batching import BatchLimits, BatchShape, RowShape
 from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
 from batchinfer.engine.padded_cache import PaddedCache
 from batchinfer.engine.padded_limits import check_layers, default_limits
+from batchinfer.engine.padded_row import Row, failure
 from batchinfer.engine.randomness import stream_key
-from batchinfer.engine.sampler import Sampled, Sampler, SamplerRow
+from batchinfer.engine.sampler import Sampled, Sampler
 from batchinfer.engine.stopping import StopMatcher
-from batchinfer.records import FinishReason, RowError, TokenLogprobs
 
 #: What a completion's length is expected to be before any has ended, and how many ended ones that guess counts for.
 _PRIOR_NEW_TOKENS = 64
 _PRIOR_WEIGHT = 8
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A sequence and how far it has come; lives from submit to its end, through any preemption."""
-
-    sequence: Sequence
-    arrival: int
-    key: int
-    stop_ids: frozenset[int]
-    max_new_tokens: int
-    matcher: StopMatcher | None
-    generated: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = None
-    admission: int = -1
-    has_ended: bool = False
-    has_failed_alone: bool = False
-
-    @property
-    def length(self) -> int:
-        """Prompt and generated tokens."""
-        return len(self.sequence.prompt.token_ids) + len(self.generated)
-
-    @property
-    def shape(self) -> RowShape:
-        return RowShape(self.length, self.max_new_tokens - len(self.generated))
 
 
 class PaddedEngine:
@@ -90,8 +64,8 @@ class PaddedEngine:
         self._accepted = _accepted_arguments(model)
         self._cache = PaddedCache(config.num_hidden_layers, self._limits.max_rows, self._limits.max_tokens)
         self._sampler = Sampler(config.vocab_size, self._device)
-        self._waiting: list[_Row] = []
-        self._rows: list[_Row] = []
+        self._waiting: list[Row] = []
+        self._rows: list[Row] = []
         #: Ends that no step has returned yet.
         self._ended: list[Generation] = []
         #: Device side of the rows: next input token and tokens in the KV cache; None after the rows changed.
@@ -123,7 +97,7 @@ class PaddedEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
-        joining: list[_Row] = []
+        joining: list[Row] = []
         out_of_memory = False
         try:
             self._preempt_overgrown()
@@ -150,6 +124,7 @@ class PaddedEngine:
         self._count()
         return finished
 
+    @torch.inference_mode()
     def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
         unwanted = set(sequence_ids)
         self._waiting = [row for row in self._waiting if row.sequence.sequence_id not in unwanted]
@@ -171,11 +146,17 @@ class PaddedEngine:
         prompt, params = sequence.prompt, sequence.prompt.sampling
         num_prompt_tokens = len(prompt.token_ids)
         if num_prompt_tokens == 0:
-            self._ended.append(_failure(sequence, "empty_prompt", "the prompt has no tokens"))
+            self._ended.append(failure(sequence, "empty_prompt", "the prompt has no tokens"))
             return
         if num_prompt_tokens >= self._max_model_len:
             limit = f"{num_prompt_tokens} prompt tokens leave no room in the model's {self._max_model_len}"
-            self._ended.append(_failure(sequence, "prompt_too_long", limit))
+            self._ended.append(failure(sequence, "prompt_too_long", limit))
+            return
+        vocab_size = self._sampler.vocab_size
+        if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= vocab_size:
+            # On a GPU such an id ends the whole process, rows of others included.
+            limit = f"the prompt has token ids outside the model's vocabulary of {vocab_size}"
+            self._ended.append(failure(sequence, "bad_token_id", limit))
             return
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         matcher = None
@@ -184,7 +165,7 @@ class PaddedEngine:
                 raise ValueError(f"{prompt.row_id} has stop strings, but the engine was made without decode")
             matcher = StopMatcher(params.stop, self._decode, params.min_new_tokens)
         self._waiting.append(
-            _Row(
+            Row(
                 sequence=sequence,
                 arrival=self._num_arrivals,
                 key=stream_key(params.seed, prompt.row_id, sequence.sample),
@@ -198,18 +179,25 @@ class PaddedEngine:
 
     def _plan(self) -> int:
         """How many of the first waiting rows join in this step."""
+        shapes: list[RowShape] = []
+        row_id_before = None
+        for row in self._waiting[: self._capacity]:
+            row_id = None if row.generated else row.sequence.prompt.row_id
+            is_copy = row_id is not None and row_id == row_id_before
+            shapes.append(RowShape(row.length, row.max_remaining, is_copy))
+            row_id_before = row_id
         return batching.plan_admission(
-            [row.shape for row in self._waiting[: self._capacity]],
+            shapes,
             self._batch_shape(self._rows),
             self._limits,
             self._expected_new_tokens(),
         )
 
-    def _prefill(self, joining: list[_Row]) -> None:
+    def _prefill(self, joining: list[Row]) -> None:
         """Read the rows' tokens, draw the next token of each; samples of one unread prompt share one reading."""
         first_of: dict[str, int] = {}
-        prefilled: list[_Row] = []
-        copies: list[_Row] = []
+        prefilled: list[Row] = []
+        copies: list[Row] = []
         copies_of: list[int] = []
         for row in joining:
             row_id = row.sequence.prompt.row_id
@@ -237,7 +225,7 @@ class PaddedEngine:
         group = prefilled + copies
         # Sampled apart from the batch, whose rows have no logits in this step.
         sampler = Sampler(self._sampler.vocab_size, self._device)
-        sampler.extend([_sampler_row(row) for row in group])
+        sampler.extend([row.sampler_row() for row in group])
         sampled = sampler.sample(logits_RV)
         del self._waiting[: len(joining)]
         offset = len(self._rows)
@@ -253,7 +241,7 @@ class PaddedEngine:
         self._rows += group
         self._tokens_R = self._lengths_R = None
         leaving = self._take_tokens(group, sampled)
-        self._sampler.extend([_sampler_row(row) for row in group])
+        self._sampler.extend([row.sampler_row() for row in group])
         self._remove([offset + index for index in leaving])
 
     def _decode_step(self) -> None:
@@ -286,20 +274,20 @@ class PaddedEngine:
         logits_RV: torch.Tensor = output.logits[:, -1]
         return logits_RV
 
-    def _take_tokens(self, rows: SequenceOf[_Row], sampled: Sampled) -> list[int]:
+    def _take_tokens(self, rows: SequenceOf[Row], sampled: Sampled) -> list[int]:
         """Give each row its token; the indices of those that ended with it."""
         leaving: list[int] = []
         for index, row in enumerate(rows):
             end: Generation | None
             if not sampled.is_finite[index]:
                 cause = "the model's logits are NaN or infinite; bfloat16 or float32 avoids overflow of float16"
-                end = _failure(row.sequence, "not_finite", cause)
+                end = failure(row.sequence, "not_finite", cause)
             else:
                 row.generated.append(sampled.token_ids[index])
                 if row.logprobs is not None:
                     row.logprobs.append(sampled.logprobs[index])
-                reason = _finish_reason(row)
-                end = None if reason is None else _generation(row, reason)
+                reason = row.finish_reason()
+                end = None if reason is None else row.generation(reason)
             if end is not None:
                 # Marked at once: a lack of memory later in this step must not start the row again.
                 row.has_ended = True
@@ -328,7 +316,7 @@ class PaddedEngine:
         self._wait_again([self._rows[index] for index in preempted])
         self._remove(preempted)
 
-    def _retreat(self, joining: list[_Row]) -> None:
+    def _retreat(self, joining: list[Row]) -> None:
         """After an out-of-memory error: forget all KV, halve the limits, start over from the rows' tokens.
 
         A row that was alone cannot be made smaller: it gets one more try, without what the cache held in
@@ -341,7 +329,7 @@ class PaddedEngine:
             running = []
             self._waiting = [row for row in self._waiting if row is not only]
             cause = f"{only.length} tokens do not fit the device's memory even alone; lower max_model_len"
-            self._ended.append(_failure(only.sequence, "out_of_memory", cause))
+            self._ended.append(failure(only.sequence, "out_of_memory", cause))
         elif len(attempted) == 1:
             attempted[0].has_failed_alone = True
         elif attempted:
@@ -358,7 +346,7 @@ class PaddedEngine:
             torch.cuda.empty_cache()
         self._wait_again(running)
 
-    def _wait_again(self, rows: list[_Row]) -> None:
+    def _wait_again(self, rows: list[Row]) -> None:
         if rows:
             self._waiting += rows
             capacity = self._capacity
@@ -369,12 +357,11 @@ class PaddedEngine:
         """Columns of KV that the batch's rows need; the newest token of a row is not in the cache yet."""
         return max((row.length - 1 for row in self._rows), default=0)
 
-    def _batch_shape(self, rows: SequenceOf[_Row]) -> BatchShape:
-        shapes = [row.shape for row in rows]
+    def _batch_shape(self, rows: SequenceOf[Row]) -> BatchShape:
         return BatchShape(
-            num_rows=len(shapes),
-            width=max((shape.length for shape in shapes), default=0),
-            max_remaining=max((shape.max_remaining for shape in shapes), default=0),
+            num_rows=len(rows),
+            width=max((row.length for row in rows), default=0),
+            max_remaining=max((row.max_remaining for row in rows), default=0),
         )
 
     def _expected_new_tokens(self) -> int:
@@ -391,29 +378,3 @@ def _accepted_arguments(model: PreTrainedModel) -> frozenset[str]:
     names = {"input_ids", "attention_mask", "past_key_values", "use_cache", "position_ids", "logits_to_keep"}
     parameters = inspect.signature(model.forward).parameters
     return frozenset(name for name in names if name in parameters)
-
-
-def _sampler_row(row: _Row) -> SamplerRow:
-    prompt = row.sequence.prompt
-    return SamplerRow(prompt.sampling, row.key, tuple(row.stop_ids), prompt.token_ids, tuple(row.generated))
-
-
-def _finish_reason(row: _Row) -> FinishReason | None:
-    """Why the row ends with the token it has just taken, if it does."""
-    token_id = row.generated[-1]
-    stopped = token_id in row.stop_ids
-    if row.matcher is not None and row.matcher.feed(token_id):
-        stopped = True
-    if stopped and len(row.generated) > row.sequence.prompt.sampling.min_new_tokens:
-        return "stop"
-    return "length" if len(row.generated) >= row.max_new_tokens else None
-
-
-def _generation(row: _Row, reason: FinishReason) -> Generation:
-    logprobs = None if row.logprobs is None else tuple(row.logprobs)
-    return Generation(row.sequence, tuple(row.generated), reason, logprobs)
-
-
-def _failure(sequence: Sequence, error_type: str, error: str) -> Generation:
-    row_error = RowError(sequence.prompt.row_id, error_type, error)
-    return Generation(sequence, (), "length", error=row_error)

@@ -139,6 +139,7 @@ class Sampler:
                 for row, (facts, position) in enumerate(zip(self._rows, self._positions, strict=True))
                 if position < facts.params.min_new_tokens
                 for stop_id in facts.stop_ids
+                if stop_id < self.vocab_size
             ]
             if suppressed:
                 rows, ids = torch.tensor(suppressed, device=self._device).T
@@ -168,7 +169,7 @@ class Sampler:
             return {}
         logprobs_SV = torch.log_softmax(logits_RV[packed.scored_rows].float(), dim=-1)
         chosen = logprobs_SV.gather(1, tokens_R[packed.scored_rows][:, None])[:, 0].tolist()
-        top = logprobs_SV.topk(packed.max_top_logprobs, dim=-1)
+        top = logprobs_SV.topk(min(packed.max_top_logprobs, logprobs_SV.shape[1]), dim=-1)
         top_values, top_ids = top.values.tolist(), top.indices.tolist()
         scored: dict[int, TokenLogprobs] = {}
         for index, (row, k) in enumerate(packed.scored):

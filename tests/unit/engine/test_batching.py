@@ -50,6 +50,13 @@ def test_rows_join_in_groups_but_the_last_ones_at_once() -> None:
     assert plan_admission(rows[:2], BatchShape(60, 60, 50), limits, 64) == 2
 
 
+def test_copies_of_a_prompt_do_not_count_as_prefill() -> None:
+    limits = BatchLimits(max_rows=16, max_tokens=10**6, max_prefill_tokens=100)
+    rows = [RowShape(60, 9), *[RowShape(60, 9, is_copy=True)] * 7, RowShape(60, 9)]
+    assert plan_admission(rows, EMPTY, limits, 9) == 8
+    assert plan_admission([RowShape(60, 9)] * 9, EMPTY, limits, 9) == 1
+
+
 def test_short_outputs_are_prefilled_in_larger_groups() -> None:
     assert group_size(64, 8) > group_size(64, 512) >= 1
     assert group_size(64, 1) == 64

@@ -238,6 +238,28 @@ def test_abort_forgets_waiting_and_running_rows_and_leaves_the_others_alone(llam
         assert list(end.token_ids) == generate_alone(llama, prompts[int(row_id.split(":")[1])], 24)
 
 
+def test_abort_of_a_running_row_moves_another_into_its_place(llama: PreTrainedModel) -> None:
+    prompts = [(3 + index, 9, 4) for index in range(4)]
+    engine = padded(llama)
+    engine.submit(sequences(prompts, replace(GREEDY, repetition_penalty=1.2)))
+    engine.step()
+    engine.abort([("shard:0", 0)])
+    ends = drain(engine, [])
+    for index in (1, 2, 3):
+        expected = generate_alone(llama, prompts[index], 24, repetition_penalty=1.2)
+        assert list(ends[f"shard:{index}", 0].token_ids) == expected
+    assert len(ends) == 3
+
+
+def test_ids_outside_the_vocabulary_end_their_own_row_only(llama: PreTrainedModel) -> None:
+    params = replace(GREEDY, min_new_tokens=2, stop_token_ids=(VOCAB + 5,), logprobs=VOCAB + 5)
+    ends = drain(padded(llama), sequences([(3, VOCAB), (3, -1), (3, VOCAB - 1)], params))
+    errors = [ends[f"shard:{index}", 0].error for index in range(3)]
+    assert [error and error.error_type for error in errors] == ["bad_token_id", "bad_token_id", None]
+    expected = generate_alone(llama, (3, VOCAB - 1), 24, min_new_tokens=2)
+    assert list(ends["shard:2", 0].token_ids) == expected
+
+
 def test_stats_count_what_happened(llama: PreTrainedModel) -> None:
     prompts = [(3, 4, 5), (6,), (7, 8)]
     engine = padded(llama)
