@@ -193,7 +193,7 @@ class EngineSpec(Block):
     """Which engine, and its limits. The defaults come from the device."""
 
     #: auto = the fastest engine that supports the model.
-    kind: Literal["auto", "padded", "fake"] = "auto"
+    kind: Literal["auto", "continuous", "padded", "fake"] = "auto"
     #: Sequences in one batch; null = from the device.
     max_batch_rows: Positive | None = None
     #: Rows times padded length of one batch, the KV cache's size in tokens; null = from the device's memory.

@@ -21,13 +21,15 @@ import ray.exceptions
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from batchinfer.cluster.head_watch import HeadWatch
 from batchinfer.cluster.lease_keeper import LeaseKeeper
 from batchinfer.cluster.messages import Assignment, Failure, ReplicaProgress, ReplicaSetup, ReplicaStarted
 from batchinfer.cluster.prepare import Preparation, compare_with_output, prepare
-from batchinfer.cluster.ray_cluster import ReplicaShare, connected, replica_share
+from batchinfer.cluster.ray_cluster import cluster_nodes, connected, head_address
 from batchinfer.cluster.replica import MAX_UNITS_HELD, Replica, start_actor
 from batchinfer.cluster.result import GivenUpUnit, JobResult, job_result
 from batchinfer.cluster.run_record import RunRecord
+from batchinfer.cluster.share import ReplicaShare, replica_share
 from batchinfer.cluster.work_queue import (
     Assign,
     Command,
@@ -45,7 +47,7 @@ from batchinfer.cluster.work_queue import (
     UnitFailed,
     WorkQueue,
 )
-from batchinfer.errors import ClusterLost, ModelError, RunInterrupted
+from batchinfer.errors import ClusterLost, ModelError, RunInterrupted, SpecError
 from batchinfer.progress import ProgressView, SilentProgress
 from batchinfer.records import UnitResult, WorkUnit
 from batchinfer.spec import JobSpec
@@ -83,9 +85,13 @@ def run(spec: JobSpec, view: ProgressView | None = None) -> JobResult:
         # Units that another run committed between the first look and the lease are not pending any more.
         preparation = compare_with_output(preparation.facts, preparation.output)
         record = stack.enter_context(RunRecord(preparation, lease.run_id))
+        # Outside the connection: leaving a cluster without its head is a call that hangs, too.
+        head = stack.enter_context(HeadWatch())
         if preparation.pending:
             stack.enter_context(connected(spec.cluster))
-        return _Run(preparation, lease, record, shown, stop, started_s).to_the_end()
+            if (address := head_address()) is not None:
+                head.watch(address)
+        return _Run(preparation, lease, record, head, shown, stop, started_s).to_the_end()
 
 
 @contextlib.contextmanager
@@ -125,6 +131,7 @@ class _Run:
         preparation: Preparation,
         lease: LeaseKeeper,
         record: RunRecord,
+        head: HeadWatch,
         view: ProgressView,
         stop: threading.Event,
         started_s: float,
@@ -133,6 +140,7 @@ class _Run:
         self._preparation = preparation
         self._lease = lease
         self._record = record
+        self._head = head
         self._view = view
         self._stop = stop
         self._started_s = started_s
@@ -148,7 +156,7 @@ class _Run:
             ),
         )
         self._shards = {shard.shard_id: shard for shard in preparation.plan.shards}
-        self._share = ReplicaShare(0.0, 1.0, 0)
+        self._share = ReplicaShare(0.0, 1.0, 0, 0)
         self._actors: dict[int, ActorHandle[Replica]] = {}
         self._calls: dict[ObjectRef[object], _Call] = {}
         self._ask_progress_at_s: dict[int, float] = {}
@@ -185,12 +193,28 @@ class _Run:
             self._record.event("run_stopped", reason="signal")
             raise RunInterrupted("stopped by a signal; what is committed stays, run again to continue")
         self._lease.check()
+        self._head.check()
 
     def _resize(self, now_s: float) -> None:
         """Look at the cluster: it may have grown or shrunk since."""
         if self._preparation.pending:
-            self._share = replica_share(self._preparation.spec.cluster)
+            before, self._share = self._share, replica_share(self._preparation.spec.cluster, cluster_nodes())
+            if not self._share.num_fitting and self._share != before:
+                self._cannot_place()
         self._handle(ReplicasWanted(self._share.num_replicas, now_s))
+
+    def _cannot_place(self) -> None:
+        """No node can hold a replica: hopeless on this machine alone, worth waiting for on a cluster, which may grow.
+
+        Raises SpecError for a Ray inside this process.
+        """
+        asked = f"a replica takes {self._share.num_gpus:g} GPUs and {self._share.num_cpus:g} CPUs"
+        if self._preparation.spec.cluster.address is None:
+            raise SpecError(
+                f"cluster: {asked}, which this machine does not have; lower cluster.num_gpus or cluster.num_cpus, or "
+                "join a cluster with cluster.address"
+            )
+        logger.warning("%s, which no node of the cluster has; waiting for one that does", asked)
 
     def _answered(self) -> list[ObjectRef[object]]:
         """Every answer that is there, after waiting for the first one for a moment."""

@@ -1,28 +1,15 @@
-"""A replica's engine: weights on a device with the engine that suits them, or the fake one without a model."""
+"""A replica's engine: weights on its device, or the fake engine without a model."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from batchinfer.cluster.messages import ReplicaSetup
 from batchinfer.detokenise import Detokenizer
-from batchinfer.engine.engine import Engine
+from batchinfer.engine.engine import LoadedEngine
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine
 from batchinfer.models.files import max_model_len, read_config
 
 _FAKE_VOCAB_SIZE = 32000
 _FAKE_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedEngine:
-    """An engine ready to be driven, and what its replica must know of the model behind it."""
-
-    engine: Engine
-    name: str
-    device: str
-    eos_token_ids: tuple[int, ...]
-    vocab_size: int
-    max_model_len: int
 
 
 def load_engine(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer | None) -> LoadedEngine:
@@ -34,20 +21,19 @@ def load_engine(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer |
     kind = spec.engine.kind
     if kind == "fake":
         return _load_fake(setup, directory, detokenizer)
-    # Both import torch, which the fake engine does without.
+    # Imports torch, which the fake engine does without.
     from batchinfer.engine.build import build_engine
-    from batchinfer.models.loading import load_model
 
-    device = "cuda" if spec.model.device == "cuda" or (spec.model.device == "auto" and setup.num_gpus) else "cpu"
-    loaded = load_model(directory, dtype=spec.model.dtype, device=device, max_model_len=spec.model.max_model_len)
-    engine = build_engine(
+    return build_engine(
         kind,
-        loaded,
+        directory,
+        dtype=spec.model.dtype,
+        device="cuda" if spec.model.device == "cuda" or (spec.model.device == "auto" and setup.num_gpus) else "cpu",
+        max_model_len=spec.model.max_model_len,
         decode=detokenizer.decode if detokenizer is not None else None,
         max_batch_rows=spec.engine.max_batch_rows,
         max_batch_tokens=spec.engine.max_batch_tokens,
     )
-    return LoadedEngine(engine, "padded", device, loaded.eos_token_ids, loaded.vocab_size, loaded.max_model_len)
 
 
 def _load_fake(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer | None) -> LoadedEngine:

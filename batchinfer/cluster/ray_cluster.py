@@ -1,4 +1,4 @@
-"""The Ray this run uses: joined or started here, its size, and what one replica gets of it."""
+"""The Ray this run uses: joined or started here, and the machines it has."""
 
 import contextlib
 import logging
@@ -7,10 +7,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import ray
+import ray.exceptions
+import ray.util.client
 
+from batchinfer.cluster.share import NodeSize
 from batchinfer.errors import ClusterLost
 from batchinfer.spec import ClusterSpec
 
@@ -49,10 +52,10 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
         else:
             logger.info("joining the Ray cluster at %s", cluster.address)
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterLost(
             f"cluster.address {cluster.address or 'null (in this process)'}: Ray does not answer ({error}); "
-            "check the address with `ray status`, then run again"
+            "check the address with `ray status`, and RAY_AUTH_TOKEN if the cluster asks for a token, then run again"
         ) from error
     if threading.current_thread() is threading.main_thread():
         # Ray has put its own handler there, which ends the process before it can say how to go on.
@@ -69,28 +72,19 @@ def _cpus_to_offer(cluster: ClusterSpec) -> int:
     return max(os.cpu_count() or 1, math.ceil(asked * (cluster.num_cpus or 0)))
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaShare:
-    """What one replica is given of the cluster, and how many there are to be."""
+def cluster_nodes() -> list[NodeSize]:
+    """The machines of the cluster as they are now."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [
+        NodeSize(node["Resources"].get("GPU", 0.0), node["Resources"].get("CPU", 0.0))
+        for node in nodes
+        if node["Alive"]
+    ]
 
-    num_gpus: float
-    num_cpus: float
-    num_replicas: int
 
-
-def replica_share(cluster: ClusterSpec) -> ReplicaShare:
-    """Divide the cluster as it is now: one replica per GPU, or one on a cluster without, or as the job file says."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    total_gpus, total_cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
-    num_gpus = cluster.num_gpus if cluster.num_gpus is not None else (1.0 if total_gpus else 0.0)
-    fitting = int(total_gpus // num_gpus) if num_gpus else 1
-    num_replicas = fitting if cluster.replicas == "auto" else cluster.replicas
-    if cluster.num_cpus is not None:
-        num_cpus = cluster.num_cpus
-    elif num_gpus:
-        num_cpus = 1.0
-    else:
-        share = total_cpus / max(1, num_replicas)
-        # Ray takes fractions below one core and whole numbers above.
-        num_cpus = float(math.floor(share)) if share >= 1 else math.floor(share * 100) / 100
-    return ReplicaShare(num_gpus, num_cpus, num_replicas)
+def head_address() -> str | None:
+    """``host:port`` of the cluster's head; None behind ray://, where only the client's server can be reached."""
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        return None
+    address: str = ray.get_runtime_context().gcs_address
+    return address

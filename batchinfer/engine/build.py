@@ -1,41 +1,62 @@
-"""Which engine a loaded model gets."""
+"""From a model directory to the engine that runs it: the fast one where it supports the model, else the general one."""
 
-from typing import Literal, Protocol
+import logging
+from pathlib import Path
+from typing import Literal
 
-from transformers import PreTrainedModel
+import torch
 
-from batchinfer.engine.engine import Decode, Engine
+from batchinfer.engine import kv_cache
+from batchinfer.engine.continuous import ContinuousEngine
+from batchinfer.engine.decoder import Decoder
+from batchinfer.engine.decoder_config import DecoderConfig, decoder_config, supported
+from batchinfer.engine.decoder_weights import load_weights
+from batchinfer.engine.engine import Decode, LoadedEngine
+from batchinfer.engine.ops import Ops
 from batchinfer.engine.padded import PaddedEngine
+from batchinfer.engine.scheduler_limits import Limits
+from batchinfer.engine.torch_ops import TorchOps
+from batchinfer.errors import ModelError
+from batchinfer.models.loading import DTYPES, ModelFacts, check_device, load_model, read_facts
 
-EngineKind = Literal["auto", "padded"]
+logger = logging.getLogger(__name__)
 
+EngineKind = Literal["auto", "continuous", "padded"]
 
-class ServableModel(Protocol):
-    """What an engine needs of a loaded model (``models.loading.LoadedModel`` has it)."""
-
-    @property
-    def model(self) -> PreTrainedModel: ...
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
-    @property
-    def pad_token_id(self) -> int: ...
-    @property
-    def max_model_len(self) -> int: ...
+#: Sequences at once and tokens through the model in a step, unless the job says otherwise.
+_MAX_ROWS = {"cpu": 256, "cuda": 1024}
+_MAX_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def build_engine(
     kind: EngineKind,
-    loaded: ServableModel,
+    directory: Path,
     *,
+    dtype: str,
+    device: str,
+    max_model_len: int | None = None,
     decode: Decode | None = None,
     max_batch_rows: int | None = None,
     max_batch_tokens: int | None = None,
-) -> Engine:
-    """The engine of this kind, ready to be driven; ``auto`` is the fastest that supports the model, so far ``padded``.
+) -> LoadedEngine:
+    """Load the model in ``directory`` (hub layout) onto ``device`` and put an engine of this kind around it.
 
-    ``decode`` is needed by sequences with stop strings only. Limits left out come from the device.
+    ``auto`` is ``continuous`` where that supports the model, else ``padded``, and says in the log why. ``decode`` is
+    needed by sequences with stop strings only. ``max_batch_tokens`` is the size of the KV cache in tokens. Limits
+    left out come from the device. Raises ModelError when directory, family, device or memory do not do, and for
+    ``continuous`` asked of a model that it does not support.
     """
-    return PaddedEngine(
+    check_device(device, dtype)
+    if kind != "padded":
+        facts = read_facts(directory, max_model_len=max_model_len)
+        reason = supported(facts.config)
+        if reason is None:
+            return _continuous(facts, dtype, device, decode, max_batch_rows, max_batch_tokens)
+        if kind == "continuous":
+            raise ModelError(f"{directory}: {reason}; use engine.kind=padded")
+        logger.info("the padded engine runs this model: %s", reason)
+    loaded = load_model(directory, dtype=dtype, device=device, max_model_len=max_model_len)
+    engine = PaddedEngine(
         loaded.model,
         eos_token_ids=loaded.eos_token_ids,
         pad_token_id=loaded.pad_token_id,
@@ -44,3 +65,60 @@ def build_engine(
         max_batch_rows=max_batch_rows,
         max_batch_tokens=max_batch_tokens,
     )
+    return LoadedEngine(engine, "padded", device, loaded.eos_token_ids, loaded.vocab_size, loaded.max_model_len)
+
+
+def _continuous(
+    facts: ModelFacts,
+    dtype_name: str,
+    device_name: str,
+    decode: Decode | None,
+    max_rows: int | None,
+    max_places: int | None,
+) -> LoadedEngine:
+    config, dtype, device = decoder_config(facts.config), DTYPES[dtype_name], torch.device(device_name)
+    weights = load_weights(config, facts.weight_files, dtype=dtype, device=device, key_mapping=facts.key_mapping)
+    decoder = Decoder(config, weights, device_ops(device), facts.max_model_len)
+    limits = continuous_limits(config, dtype, device, facts.max_model_len, max_rows, max_places)
+    engine = ContinuousEngine(
+        decoder,
+        kv_cache.allocate(config, limits.num_places, dtype, device),
+        limits,
+        eos_token_ids=facts.eos_token_ids,
+        max_model_len=facts.max_model_len,
+        decode=decode,
+    )
+    return LoadedEngine(engine, "continuous", device_name, facts.eos_token_ids, config.vocab_size, facts.max_model_len)
+
+
+def continuous_limits(
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    max_rows: int | None = None,
+    max_places: int | None = None,
+) -> Limits:
+    """What the device can hold once the weights are loaded; ``max_rows`` and ``max_places`` override.
+
+    Raises ModelError where not even one sequence of ``max_model_len`` tokens fits.
+    """
+    rows = max_rows or _MAX_ROWS[device.type]
+    step_tokens = max(rows, _MAX_STEP_TOKENS[device.type])
+    places = max_places
+    if places is None:
+        reserved = kv_cache.activation_bytes(config, dtype, step_tokens, rows)
+        fitting = kv_cache.num_places(config, dtype, device, reserved_bytes=reserved, min_places=max_model_len)
+        # More than every row at its longest can never be used.
+        places = min(fitting, rows * max_model_len)
+    return Limits(num_places=places, max_rows=rows, max_step_tokens=step_tokens)
+
+
+def device_ops(device: torch.device) -> Ops:
+    """The edition of the decoder's functions for a device."""
+    if device.type == "cuda":
+        # Imports triton, which a machine without a GPU need not have.
+        from batchinfer.engine.triton_ops import TritonOps
+
+        return TritonOps.of(device)
+    return TorchOps()

@@ -54,6 +54,10 @@ class EngineStats:
     num_padding_tokens: int = 0
     num_preemptions: int = 0
     num_finished: int = 0
+    #: Sequences that found their prefix read already, and the KV cache's token places: used, and in all. 0 = none.
+    num_prefix_hits: int = 0
+    num_places_used: int = 0
+    num_places: int = 0
 
 
 class Engine(Protocol):
@@ -84,3 +88,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Give device memory back."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine ready to be driven, and what its user must know of the model behind it.
+
+    ``name`` is the engine's kind, ``device`` where its weights are; ``eos_token_ids`` end every sequence.
+    """
+
+    engine: Engine
+    name: str
+    device: str
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_model_len: int

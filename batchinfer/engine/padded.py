@@ -19,8 +19,8 @@ from batchinfer.engine.batching import BatchLimits, BatchShape, RowShape
 from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
 from batchinfer.engine.padded_cache import PaddedCache
 from batchinfer.engine.padded_limits import check_layers, default_limits
-from batchinfer.engine.padded_row import Row, failure
 from batchinfer.engine.randomness import stream_key
+from batchinfer.engine.row import Row, failure
 from batchinfer.engine.sampler import Sampled, Sampler
 from batchinfer.engine.stopping import StopMatcher
 
@@ -114,12 +114,10 @@ class PaddedEngine:
         if not self._rows and not self._waiting:
             self._cache.release()
         finished, self._ended = self._ended, []
-        num_tokens = sum(len(generation.token_ids) for generation in finished)
         self._stats = replace(
             self._stats,
             num_steps=self._stats.num_steps + 1,
             num_finished=self._stats.num_finished + len(finished),
-            num_completion_tokens=self._stats.num_completion_tokens + num_tokens,
         )
         self._count()
         return finished
@@ -293,6 +291,9 @@ class PaddedEngine:
                 row.has_ended = True
                 self._ended.append(end)
                 leaving.append(index)
+        # As they come, not as rows end: progress is watched by them.
+        num_taken = sum(sampled.is_finite)
+        self._stats = replace(self._stats, num_completion_tokens=self._stats.num_completion_tokens + num_taken)
         return leaving
 
     def _remove(self, leaving: SequenceOf[int]) -> None:

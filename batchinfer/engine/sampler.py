@@ -73,6 +73,59 @@ class Sampled:
     logprobs: dict[int, TokenLogprobs]
 
 
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Log-probabilities on their way to the host: (row, number of best tokens asked for), and tensors [S], [S, K]."""
+
+    scored: tuple[tuple[int, int], ...]
+    chosen_S: torch.Tensor
+    top_values_SK: torch.Tensor
+    top_ids_SK: torch.Tensor
+
+    def by_row(self, token_ids: list[int]) -> dict[int, TokenLogprobs]:
+        chosen, values, ids = self.chosen_S.tolist(), self.top_values_SK.tolist(), self.top_ids_SK.tolist()
+        found: dict[int, TokenLogprobs] = {}
+        for index, (row, k) in enumerate(self.scored):
+            pairs = tuple(zip(ids[index][:k], values[index][:k], strict=True))
+            found[row] = TokenLogprobs(token_id=token_ids[row], logprob=chosen[index], top=pairs)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A step's tokens, on the device at once and on the host when the device is done."""
+
+    tokens: torch.Tensor
+    _facts_2R: torch.Tensor
+    _scores: _Scores | None
+    _done: torch.cuda.Event | None
+
+    def fetch(self) -> Sampled:
+        """Wait for the device, then read. May be repeated."""
+        if self._done is not None:
+            self._done.synchronize()
+        token_ids, is_finite = self._facts_2R.tolist()
+        logprobs = {} if self._scores is None else self._scores.by_row(token_ids)
+        return Sampled(self.tokens, token_ids, [bool(flag) for flag in is_finite], logprobs)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory; from a GPU it is there only once the event after it has passed."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """A mark behind everything that was launched so far; None where nothing runs by itself."""
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
 class Sampler:
     """The sampling side of a batch: rows join and leave, every :meth:`sample` draws one token for each."""
 
@@ -105,6 +158,10 @@ class Sampler:
 
     def sample(self, logits_RV: torch.Tensor) -> Sampled:
         """Draw each row's next token and advance its position by one. ``logits_RV`` is not changed."""
+        return self.launch(logits_RV).fetch()
+
+    def launch(self, logits_RV: torch.Tensor) -> "Drawn":
+        """As :meth:`sample`, without waiting for the device: ``fetch`` waits, and may come a step later."""
         if self._packed is None:
             self._packed = _Packed.pack(self._rows, self._positions, self._device)
         packed = self._packed
@@ -119,9 +176,8 @@ class Sampler:
             self._seen_RV.scatter_(1, tokens_R[:, None], True)
         packed.positions.add_(1)
         self._positions = [position + 1 for position in self._positions]
-        token_ids, is_finite = torch.stack((tokens_R, best_score_R.isfinite().long())).tolist()
-        logprobs = self._logprobs(logits_RV, tokens_R, token_ids, packed)
-        return Sampled(tokens_R, token_ids, [bool(flag) for flag in is_finite], logprobs)
+        facts_2R = _to_host(torch.stack((tokens_R, best_score_R.isfinite().long())))
+        return Drawn(tokens_R, facts_2R, self._score(logits_RV, tokens_R, packed), _event(self._device))
 
     def _adjust(self, logits_RV: torch.Tensor, packed: "_Packed") -> torch.Tensor:
         """Step 1; the logits themselves where no row needs it."""
@@ -162,20 +218,13 @@ class Sampler:
             ]
         )
 
-    def _logprobs(
-        self, logits_RV: torch.Tensor, tokens_R: torch.Tensor, token_ids: list[int], packed: "_Packed"
-    ) -> dict[int, TokenLogprobs]:
+    def _score(self, logits_RV: torch.Tensor, tokens_R: torch.Tensor, packed: "_Packed") -> "_Scores | None":
         if packed.scored_rows is None:
-            return {}
+            return None
         logprobs_SV = torch.log_softmax(logits_RV[packed.scored_rows].float(), dim=-1)
-        chosen = logprobs_SV.gather(1, tokens_R[packed.scored_rows][:, None])[:, 0].tolist()
+        chosen_S = logprobs_SV.gather(1, tokens_R[packed.scored_rows][:, None])[:, 0]
         top = logprobs_SV.topk(min(packed.max_top_logprobs, logprobs_SV.shape[1]), dim=-1)
-        top_values, top_ids = top.values.tolist(), top.indices.tolist()
-        scored: dict[int, TokenLogprobs] = {}
-        for index, (row, k) in enumerate(packed.scored):
-            pairs = tuple(zip(top_ids[index][:k], top_values[index][:k], strict=True))
-            scored[row] = TokenLogprobs(token_id=token_ids[row], logprob=chosen[index], top=pairs)
-        return scored
+        return _Scores(packed.scored, _to_host(chosen_S), _to_host(top.values), _to_host(top.indices))
 
     def _extend_seen(self, old: int) -> None:
         """Mark the joined rows' tokens; rows without a penalty stay unmarked (their penalty of 1 changes nothing)."""

@@ -7,6 +7,7 @@ beginning) lies at place ``offset + p - prefix_length``, and it attends to the p
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +20,23 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Copy the KV of ``num_tokens`` places. Of all copies of a step every source is read before any target is written."""
+    """Copy the KV of ``num_tokens`` places.
+
+    Of all copies of a step every source is read before any target is written: the target of one may overlap its
+    own source or another one's.
+    """
 
     source: int
     target: int
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """One more token for a sequence: its newest token, at ``position``, is read and the next one is sampled.
 
     KV of positions ``prefix_length .. position - 1`` is in its extent already; this step writes ``position``'s.
+    A named tuple, as a thousand are made in each step: twice as fast as a frozen dataclass, and ``zip(*rows)``
+    gives the columns.
     """
 
     sequence: int
@@ -64,8 +70,8 @@ class PrefillChunk:
 class StepPlan:
     """One forward pass: copies first, then decode rows and prefill chunks together.
 
-    ``preempted`` sequences have lost their KV with this plan and will be prefilled again later, prompt and
-    generated tokens together.
+    ``preempted`` sequences have lost their KV with this plan
+    and will be prefilled again later, prompt and generated tokens together.
     """
 
     copies: tuple[Copy, ...]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
@@ -16,11 +16,12 @@ from batchinfer.errors import ModelError
 from batchinfer.models import files
 from batchinfer.models.architecture import check_architecture
 from batchinfer.models.exaone import EXAONE3, KEY_MAPPING, llama_config_values
-from batchinfer.models.files import check_model_files, read_config, read_generation_config
+from batchinfer.models.files import check_model_files, read_config, read_generation_config, weight_files
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["DTYPES", "LoadedModel", "ModelFacts", "check_device", "load_model", "read_facts"]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+#: ``model.dtype`` -> torch's.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NUM_NAMED = 3
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,46 @@ class LoadedModel:
     max_model_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a checkpoint says of its model before a weight is read.
+
+    ``config`` is transformers' (EXAONE 3.x comes as the ``LlamaConfig`` it is), ``key_mapping`` renames the tensors
+    in ``weight_files`` to the names transformers gives them. The ids are those of :class:`LoadedModel`.
+    """
+
+    config: PreTrainedConfig
+    weight_files: tuple[Path, ...]
+    key_mapping: Mapping[str, str]
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+
+
+def read_facts(directory: Path, *, max_model_len: int | None = None) -> ModelFacts:
+    """Check a directory as :func:`load_model` would and read its configuration; no weights, no device.
+
+    Raises ModelError when the directory or the family does not do.
+    """
+    check_model_files(directory, needs_tokenizer=False)
+    config = read_config(directory)
+    check_architecture(config)
+    return ModelFacts(
+        config=_native_config(directory, config),
+        weight_files=weight_files(directory),
+        key_mapping=KEY_MAPPING if config["model_type"] == EXAONE3 else {},
+        eos_token_ids=_eos_token_ids(directory, config),
+        max_model_len=files.max_model_len(config, max_model_len),
+    )
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Raises ModelError for a dtype we do not load or a GPU that is not there."""
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device {device}: torch sees no GPU here; set model.device=cpu or check the driver")
+
+
 def load_model(directory: Path, *, dtype: str, device: str, max_model_len: int | None = None) -> LoadedModel:
     """Load a directory in hub layout in ``dtype`` ("bfloat16", "float16", "float32") onto ``device`` ("cpu", "cuda").
 
@@ -51,73 +92,74 @@ def load_model(directory: Path, *, dtype: str, device: str, max_model_len: int |
     ModelError when the directory, the family, the device or its memory does not do, and whenever a weight is
     missing, left over or of another shape, which transformers only reports.
     """
-    if dtype not in _DTYPES:
-        raise ModelError(f"model.dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"model.device {device}: torch sees no GPU here; set model.device=cpu or check the driver")
-    check_model_files(directory, needs_tokenizer=False)
+    check_device(device, dtype)
+    facts = read_facts(directory, max_model_len=max_model_len)
     config = read_config(directory)
-    check_architecture(config)
-    longest = files.max_model_len(config, max_model_len)
     try:
         with _quiet_transformers():
-            model, report = _from_pretrained(directory, config, _DTYPES[dtype])
+            model, report = _from_pretrained(directory, facts, DTYPES[dtype])
     except Exception as error:
-        # On configurations and weights they cannot make sense of, transformers, huggingface_hub and safetensors
-        # raise anything from KeyError to classes of their own with no common base.
-        raise ModelError(
-            f"{directory}: transformers cannot load the model ({type(error).__name__}: {_one_line(error)}); check "
-            "that config.json belongs to these weights and that transformers is recent enough for the family"
-        ) from error
+        raise _cannot_load(directory, error) from error
     _refuse_unless_complete(directory, report)
     model.requires_grad_(False)
     _move(model, device)
     embedding: Any = model.get_input_embeddings()
     vocab_size = int(embedding.weight.shape[0])
-    eos_token_ids = _eos_token_ids(directory, config)
     _log.info("loaded %s (%s) in %s on %s", directory, type(model).__name__, dtype, device)
     return LoadedModel(
         model=model,
         model_type=str(config["model_type"]),
         architecture=type(model).__name__,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=_pad_token_id(directory, config, eos_token_ids, vocab_size),
+        eos_token_ids=facts.eos_token_ids,
+        pad_token_id=_pad_token_id(directory, config, facts.eos_token_ids, vocab_size),
         vocab_size=vocab_size,
-        max_model_len=longest,
+        max_model_len=facts.max_model_len,
     )
 
 
-def _from_pretrained(
-    directory: Path, config: Mapping[str, object], dtype: torch.dtype
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model in memory, and transformers' report: missing_keys, unexpected_keys, mismatched_keys, error_msgs."""
-    common: dict[str, Any] = {
-        "dtype": dtype,
-        "use_safetensors": True,
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "output_loading_info": True,
-        # Reported with the rest instead of raised one by one; the report is refused below.
-        "ignore_mismatched_sizes": True,
-    }
+def _native_config(directory: Path, config: Mapping[str, object]) -> PreTrainedConfig:
+    """transformers' configuration of the model; raises ModelError where transformers cannot read it."""
     if config["model_type"] == EXAONE3:
         llama_values: dict[str, Any] = llama_config_values(config)
-        loaded: Any = LlamaForCausalLM.from_pretrained(
-            directory,
-            config=LlamaConfig(**llama_values),
-            key_mapping=KEY_MAPPING,
-            attn_implementation="sdpa",
-            **common,
-        )
-        model, report = loaded
-        return model, report
-    native = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    # Families whose attention is more than softmax(QK)V, Gemma 2's capped scores for one, have no sdpa form.
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(native)]
-    attention = "sdpa" if model_class._supports_sdpa else "eager"
-    loaded = AutoModelForCausalLM.from_pretrained(directory, config=native, attn_implementation=attention, **common)
+        return LlamaConfig(**llama_values)
+    try:
+        native: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise _cannot_load(directory, error) from error
+    return native
+
+
+def _from_pretrained(
+    directory: Path, facts: ModelFacts, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model in memory, and transformers' report: missing_keys, unexpected_keys, mismatched_keys, error_msgs."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(facts.config)]
+    loaded: Any = model_class.from_pretrained(
+        directory,
+        config=facts.config,
+        key_mapping=dict(facts.key_mapping) or None,
+        # Families whose attention is more than softmax(QK)V, Gemma 2's capped scores for one, have no sdpa form.
+        attn_implementation="sdpa" if model_class._supports_sdpa else "eager",
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        # Reported with the rest instead of raised one by one; the report is refused below.
+        ignore_mismatched_sizes=True,
+    )
     model, report = loaded
     return model, report
+
+
+def _cannot_load(directory: Path, error: Exception) -> ModelError:
+    """Our error for theirs. On configurations and weights they cannot make sense of, transformers, huggingface_hub
+    and safetensors raise anything from KeyError to classes of their own with no common base.
+    """
+    return ModelError(
+        f"{directory}: transformers cannot load the model ({type(error).__name__}: {_one_line(error)}); check "
+        "that config.json belongs to these weights and that transformers is recent enough for the family"
+    )
 
 
 @contextmanager

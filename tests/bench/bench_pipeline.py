@@ -89,10 +89,8 @@ def main() -> None:
     print(f"{'rows':>10} {'rows/s':>10} {'tok/s out':>10} {'driver MB':>10} {'replica MB':>10}")
     for num_rows in arguments.rows:
         rows_per_s, tokens_per_s, driver, replica = measure(arguments.model, num_rows)
-        print(
-            f"{num_rows:>10,} {rows_per_s:>10,.0f} {tokens_per_s:>10,.0f} {driver / 1e6:>10,.0f} {replica / 1e6:>10,.0f}",
-            flush=True,
-        )
+        rates = f"{rows_per_s:>10,.0f} {tokens_per_s:>10,.0f}"
+        print(f"{num_rows:>10,} {rates} {driver / 1e6:>10,.0f} {replica / 1e6:>10,.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,44 @@
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
-from transformers import PreTrainedModel
+import pytest
 
 from batchinfer.engine.build import build_engine
+from batchinfer.engine.continuous import ContinuousEngine
 from batchinfer.engine.padded import PaddedEngine
-from batchinfer.records import SamplingParams
-from tests.unit.engine.tiny_models import EOS, PAD, drain, generate_alone, sequences, tiny_model
+from batchinfer.errors import ModelError
+from tests.tiny import tiny_exaone3, tiny_exaone_moe
 
 
-@dataclass(frozen=True)
-class Loaded:
-    model: PreTrainedModel
-    eos_token_ids: tuple[int, ...] = (EOS,)
-    pad_token_id: int = PAD
-    max_model_len: int = 64
+@pytest.fixture(scope="module")
+def exaone3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("exaone3")
+    tiny_exaone3(directory)
+    return directory
 
 
-def test_auto_and_padded_build_the_padded_engine_with_the_given_limits() -> None:
-    model = tiny_model("llama")
-    for kind in ("auto", "padded"):
-        engine: Any = build_engine(kind, Loaded(model), max_batch_rows=3, max_batch_tokens=99)
-        assert isinstance(engine, PaddedEngine)
-        assert (engine.capacity, engine.limits.max_tokens) == (3, 99)
-        ends = drain(engine, sequences([(5, 6)], SamplingParams(max_new_tokens=5)))
-        assert list(ends["shard:0", 0].token_ids) == generate_alone(model, (5, 6), 5)
+def test_auto_is_continuous_where_it_knows_the_model(exaone3: Path) -> None:
+    built = build_engine("auto", exaone3, dtype="float32", device="cpu", max_batch_rows=3)
+    assert isinstance(built.engine, ContinuousEngine)
+    assert (built.name, built.device, built.engine.capacity) == ("continuous", "cpu", 3)
 
 
-def test_anything_with_the_four_facts_can_be_served() -> None:
-    loaded = SimpleNamespace(model=tiny_model("llama"), eos_token_ids=(EOS,), pad_token_id=PAD, max_model_len=8)
-    ends = drain(build_engine("auto", loaded), sequences([(5, 6)], SamplingParams(max_new_tokens=50, ignore_eos=True)))
-    assert len(ends["shard:0", 0].token_ids) == 6
+def test_padded_is_built_when_asked_for_with_the_given_limits(exaone3: Path) -> None:
+    built = build_engine("padded", exaone3, dtype="float32", device="cpu", max_batch_rows=3, max_batch_tokens=99)
+    assert isinstance(built.engine, PaddedEngine)
+    assert (built.name, built.engine.capacity, built.engine.limits.max_tokens) == ("padded", 3, 99)
+
+
+def test_a_model_that_continuous_does_not_know_gets_padded_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_exaone_moe(tmp_path)
+    with caplog.at_level("INFO", logger="batchinfer"):
+        assert build_engine("auto", tmp_path, dtype="float32", device="cpu").name == "padded"
+    assert "exaone_moe" in caplog.text
+    with pytest.raises(ModelError, match=r"engine\.kind=padded"):
+        build_engine("continuous", tmp_path, dtype="float32", device="cpu")
+
+
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_loaded(exaone3: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.device=cpu"):
+        build_engine("auto", exaone3, dtype="float32", device="cuda:99")

@@ -212,17 +212,19 @@ def test_prompts_that_cannot_be_continued_end_with_an_error_and_disturb_nobody(l
 
 def test_a_row_with_broken_logits_ends_alone() -> None:
     model = tiny_model("llama")
-    poison = 50
-    prompts = [(5, 6), (7, poison, 8), (9, 10, 11), (12,)]
-    expected = [generate_alone(model, prompt, 24) for prompt in prompts]
-    assert all(poison not in tokens for tokens in expected)
+    healthy = {0: (5, 6), 2: tuple(range(8, 20)), 3: (12,)}
+    expected = {index: generate_alone(model, prompt, 24) for index, prompt in healthy.items()}
+    used = {token for index, prompt in healthy.items() for token in (*prompt, *expected[index])}
+    poison = next(token for token in range(3, VOCAB) if token not in used)
+    # In a batch of two: the second row breaks, and a shorter one takes its place.
+    prompts = [healthy[0], (7, poison, *range(3, 11)), healthy[2], healthy[3]]
     with torch.no_grad():
         model.get_input_embeddings().weight[poison] = float("nan")
     ends = drain(padded(model, max_batch_rows=2), sequences(prompts, GREEDY))
     assert ends["shard:1", 0].error is not None
     assert ends["shard:1", 0].error.error_type == "not_finite"
-    for index in (0, 2, 3):
-        assert list(ends[f"shard:{index}", 0].token_ids) == expected[index]
+    for index, tokens in expected.items():
+        assert list(ends[f"shard:{index}", 0].token_ids) == tokens
 
 
 def test_abort_forgets_waiting_and_running_rows_and_leaves_the_others_alone(llama: PreTrainedModel) -> None:

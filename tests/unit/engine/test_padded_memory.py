@@ -139,6 +139,20 @@ def test_memory_lost_after_rows_have_taken_their_tokens_repeats_nothing(monkeypa
     assert {key: end.token_ids for key, end in drain(engine, submitted).items()} == undisturbed
 
 
+def test_rows_that_ended_in_their_prefill_do_not_start_again_when_memory_ends_right_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    submitted = sequences(ragged_prompts(6, seed=5), replace(GREEDY, max_new_tokens=1))
+    undisturbed = {key: end.token_ids for key, end in drain(padded(tiny_model("llama")), submitted).items()}
+    engine = padded(tiny_model("llama"))
+
+    def extend(rows):
+        raise torch.OutOfMemoryError("no room for the sampler's tensors")
+
+    monkeypatch.setattr(engine._sampler, "extend", extend)
+    assert {key: end.token_ids for key, end in drain(engine, submitted, max_steps=20).items()} == undisturbed
+
+
 def test_default_limits_come_from_the_device_and_give_way_to_arguments() -> None:
     model = tiny_model("llama")
     assert kv_bytes_per_token(model.config, torch.float32) == 2 * 2 * 2 * 8 * 4

@@ -198,11 +198,12 @@ def test_positions_advance_and_survive_a_new_start() -> None:
     assert [resumed.sample(logits).token_ids[0] for _ in range(3)] == tokens[3:]
 
 
-def test_the_highest_uniform_ends_on_a_kept_token() -> None:
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (1.0 - 2.0**-53, 3)])
+def test_the_extreme_uniforms_end_on_the_first_and_the_last_kept_token(uniform: float, expected: int) -> None:
     columns = torch.tensor([[1.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
-    largest = torch.tensor([1.0 - 2.0**-53], dtype=torch.float64)
-    token = draw(torch.tensor([[3.0, 1.0, 2.9, -5.0, -6.0]]), [Cuts(2, 1.0, 0.0)], columns, largest)
-    assert token.tolist() == [2]
+    scores = torch.tensor([[1.0, 3.0, 1.0, 2.9, -6.0]])
+    token = draw(scores, [Cuts(2, 1.0, 0.0)], columns, torch.tensor([uniform], dtype=torch.float64))
+    assert token.tolist() == [expected]
 
 
 def test_tiny_temperatures_are_greedy_and_do_not_overflow() -> None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchinfer.audit import verify
 from batchinfer.errors import OutputError, PartExists, StorageUnavailable
 from batchinfer.records import Completion, Plan, RowError, TokenLogprobs, WorkUnit
 from batchinfer.storage import writer
@@ -16,7 +17,6 @@ from batchinfer.storage.layout import committed_units, completions_part, errors_
 from batchinfer.storage.local import LocalLocation
 from batchinfer.storage.location import Location
 from batchinfer.storage.writer import PublishOutcome, publish_unit
-from batchinfer.audit import verify
 from tests.outputs import (
     NO_WAIT,
     PART,

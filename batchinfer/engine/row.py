@@ -1,4 +1,4 @@
-"""One sequence in the padded engine: what it was asked for, how far it has come, when it ends."""
+"""One sequence in an engine: what it was asked for, how far it has come, when it ends."""
 
 from dataclasses import dataclass, field
 

@@ -1,0 +1,259 @@
+"""The fast engine: sequences join and leave at every step, prompts are read beside tokens being written.
+
+The scheduler decides a step in integers (``scheduler``), the decoder carries it out over one flat KV arena
+(``decoder``, ``kv_cache``), the sampler draws (``sampler``); this file joins them. On a GPU the host works one step
+ahead: while the device runs step i, step i + 1 is planned, and its decode rows take their newest tokens from the
+device. So a stop is seen one step late, and the token drawn after it is thrown away.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from itertools import count
+
+import torch
+
+from batchinfer.engine.decoder import Decoder
+from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
+from batchinfer.engine.kv_cache import KvCache
+from batchinfer.engine.randomness import stream_key
+from batchinfer.engine.row import Row, failure
+from batchinfer.engine.sampler import Drawn, Sampler
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.engine.scheduler_limits import Counters, Limits
+from batchinfer.engine.step_plan import StepPlan
+from batchinfer.engine.step_tensors import build
+from batchinfer.engine.stopping import StopMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched: which sequences get a token from it, and the tokens on their way."""
+
+    sequences: tuple[int, ...]
+    drawn: Drawn
+
+
+class ContinuousEngine:
+    """``Engine`` over the lean decoder; see the module's text.
+
+    Greedy completions equal ``padded``'s token for token in float32. A sampled token depends on its logits and on
+    (seed, row_id, sample, position) only.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KvCache,
+        limits: Limits,
+        *,
+        eos_token_ids: Iterable[int],
+        max_model_len: int,
+        decode: Decode | None = None,
+        num_steps_ahead: int | None = None,
+    ) -> None:
+        """``num_steps_ahead`` is how many launched steps may be unread: 1 on a GPU and 0 on a CPU unless given."""
+        self._decoder = decoder
+        self._kv = kv
+        self._limits = limits
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._max_model_len = max_model_len
+        self._decode = decode
+        self._num_steps_ahead = (
+            num_steps_ahead if num_steps_ahead is not None else int(decoder.device.type == "cuda")
+        )
+        self._numbers = count()
+        self._scheduler = Scheduler(limits, self._numbers)
+        self._sampler = Sampler(decoder.config.vocab_size, decoder.device)
+        #: Sequences in the sampler, in its order.
+        self._sampling: list[int] = []
+        self._rows: dict[int, Row] = {}
+        self._number_of: dict[tuple[str, int], int] = {}
+        self._flights: list[_Flight] = []
+        #: Ends that no step has returned yet.
+        self._ended: list[Generation] = []
+        self._stats = EngineStats(num_places=limits.num_places)
+
+    @property
+    def capacity(self) -> int:
+        return self._limits.max_rows
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._rows) + len(self._ended)
+
+    @property
+    def counters(self) -> Counters:
+        """What the scheduler counts: preemptions, prefixes, growths, places."""
+        return self._scheduler.counters
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self._submit_one(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[Generation]:
+        plan = self._scheduler.plan() if self._rows else None
+        if plan is not None:
+            self._launch(plan)
+        # With nothing launched, what is in flight is all there is to learn.
+        allowed = self._num_steps_ahead if plan is not None else 0
+        while len(self._flights) > allowed:
+            self._collect(self._flights.pop(0))
+        finished, self._ended = self._ended, []
+        self._count(plan, finished)
+        return finished
+
+    def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
+        unwanted = set(sequence_ids)
+        self._ended = [end for end in self._ended if end.sequence.sequence_id not in unwanted]
+        for sequence_id in unwanted:
+            number = self._number_of.get(sequence_id)
+            if number is not None:
+                self._forget(number)
+                self._scheduler.abort(number)
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def close(self) -> None:
+        self._rows.clear()
+        self._number_of.clear()
+        self._flights.clear()
+        self._ended.clear()
+        self._sampling.clear()
+        self._sampler = Sampler(0, self._decoder.device)
+        empty = self._kv.keys_LNKD.new_empty(0)
+        self._kv = KvCache(empty, empty)
+
+    def _submit_one(self, sequence: Sequence) -> None:
+        prompt, params = sequence.prompt, sequence.prompt.sampling
+        num_prompt_tokens = len(prompt.token_ids)
+        if num_prompt_tokens == 0:
+            self._ended.append(failure(sequence, "empty_prompt", "the prompt has no tokens"))
+            return
+        if num_prompt_tokens >= self._max_model_len:
+            limit = f"{num_prompt_tokens} prompt tokens leave no room in the model's {self._max_model_len}"
+            self._ended.append(failure(sequence, "prompt_too_long", limit))
+            return
+        matcher = None
+        if params.stop:
+            if self._decode is None:
+                raise ValueError(f"{prompt.row_id} has stop strings, but the engine was made without decode")
+            matcher = StopMatcher(params.stop, self._decode, params.min_new_tokens)
+        max_new_tokens = min(params.max_new_tokens, self._max_model_len - num_prompt_tokens)
+        number = next(self._numbers)
+        try:
+            fitting = self._scheduler.add(number, prompt.token_ids, max_new_tokens, prompt.row_id)
+        except ValueError as error:
+            self._ended.append(failure(sequence, "out_of_memory", str(error)))
+            return
+        self._rows[number] = Row(
+            sequence=sequence,
+            arrival=number,
+            key=stream_key(params.seed, prompt.row_id, sequence.sample),
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids),
+            max_new_tokens=fitting,
+            matcher=matcher,
+            logprobs=None if params.logprobs is None else [],
+        )
+        self._number_of[sequence.sequence_id] = number
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Give the step to the device; on return it may still be running."""
+        sequences = (
+            *(row.sequence for row in plan.decode),
+            *(chunk.holder for chunk in plan.prefill if chunk.samples),
+        )
+        step = build(plan, self._tokens_of, self._decoder.device, self._newest_tokens(plan))
+        logits_SV = self._decoder.forward(step, self._kv)
+        if not sequences:
+            return
+        self._align_sampler(sequences)
+        self._flights.append(_Flight(sequences, self._sampler.launch(logits_SV)))
+
+    def _newest_tokens(self, plan: StepPlan) -> torch.Tensor | None:
+        """The decode rows' newest tokens on the device; None when the host knows them all."""
+        if not self._flights or not plan.decode:
+            return None
+        flight = self._flights[-1]
+        place_of = {number: index for index, number in enumerate(flight.sequences)}
+        places = [place_of.get(row.sequence, -1) for row in plan.decode]
+        places_R = torch.tensor(places, device=self._decoder.device)
+        newest_R = flight.drawn.tokens[places_R.clamp(min=0)]
+        if min(places) < 0:
+            # Rows that sat out the step in flight: theirs are on the host.
+            known = [self._rows[row.sequence].generated[-1] for row in plan.decode]
+            newest_R = torch.where(places_R < 0, torch.tensor(known, device=self._decoder.device), newest_R)
+        return newest_R
+
+    def _tokens_of(self, holder: int, start: int, stop: int) -> SequenceOf[int]:
+        """Tokens of a sequence, or of a prefix, which are those of the sequence it was found in."""
+        row = self._rows.get(holder)
+        if row is None:
+            row = self._rows[self._scheduler.holder_tokens(holder)[0]]
+        prompt = row.sequence.prompt.token_ids
+        num_prompt_tokens = len(prompt)
+        if stop <= num_prompt_tokens:
+            return prompt[start:stop]
+        generated = row.generated[max(0, start - num_prompt_tokens) : stop - num_prompt_tokens]
+        return [*prompt[start:], *generated] if start < num_prompt_tokens else generated
+
+    def _align_sampler(self, sequences: SequenceOf[int]) -> None:
+        """Make the sampler's rows those of the step, in its order; those who sat it out leave."""
+        wanted = list(sequences)
+        if self._sampling == wanted:
+            return
+        place_of = {number: index for index, number in enumerate(self._sampling)}
+        known = [number for number in wanted if number in place_of]
+        new = [number for number in wanted if number not in place_of]
+        self._sampler.select([place_of[number] for number in known])
+        self._sampler.extend([self._rows[number].sampler_row() for number in new])
+        if known + new != wanted:
+            place_of = {number: index for index, number in enumerate(known + new)}
+            self._sampler.select([place_of[number] for number in wanted])
+        self._sampling = wanted
+
+    def _collect(self, flight: _Flight) -> None:
+        """Read the tokens of a step; sequences that have ended since it was planned drop theirs."""
+        sampled = flight.drawn.fetch()
+        for index, number in enumerate(flight.sequences):
+            row = self._rows.get(number)
+            if row is None:
+                continue
+            if not sampled.is_finite[index]:
+                cause = "the model's logits are NaN or infinite; bfloat16 or float32 avoids overflow of float16"
+                end = failure(row.sequence, "not_finite", cause)
+            else:
+                row.generated.append(sampled.token_ids[index])
+                if row.logprobs is not None:
+                    row.logprobs.append(sampled.logprobs[index])
+                reason = row.finish_reason()
+                if reason is None:
+                    continue
+                end = row.generation(reason)
+            self._ended.append(end)
+            self._forget(number)
+            self._scheduler.finish(number)
+
+    def _forget(self, number: int) -> None:
+        row = self._rows.pop(number)
+        del self._number_of[row.sequence.sequence_id]
+
+    def _count(self, plan: StepPlan | None, finished: SequenceOf[Generation]) -> None:
+        counters = self._scheduler.counters
+        num_sampled = 0 if plan is None else len(plan.decode) + sum(chunk.samples for chunk in plan.prefill)
+        num_read = 0 if plan is None else sum(chunk.num_tokens for chunk in plan.prefill)
+        before = self._stats
+        self._stats = replace(
+            before,
+            num_steps=before.num_steps + (plan is not None),
+            num_active=counters.num_running,
+            num_waiting=counters.num_waiting,
+            num_prompt_tokens=before.num_prompt_tokens + num_read,
+            num_completion_tokens=before.num_completion_tokens + num_sampled,
+            num_preemptions=counters.num_preemptions,
+            num_prefix_hits=counters.num_prefix_hits,
+            num_places_used=counters.num_places_used,
+            num_finished=before.num_finished + len(finished),
+        )
