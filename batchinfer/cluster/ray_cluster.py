@@ -36,6 +36,8 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
     # Wanted are neither usage reports over the network nor a rewritten CUDA_VISIBLE_DEVICES on CPU actors.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray starts workers at nice 15: beside anything else on the machine the model would be what waits.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if cluster.address is None:
