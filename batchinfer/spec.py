@@ -192,7 +192,7 @@ class FakeSpec(Block):
 class EngineSpec(Block):
     """Which engine, and its limits. The defaults come from the device."""
 
-    #: auto = the fastest engine that supports the model.
+    #: auto = continuous on a CPU where it knows the model, else padded.
     kind: Literal["auto", "continuous", "padded", "fake"] = "auto"
     #: Sequences in one batch; null = from the device.
     max_batch_rows: Positive | None = None

@@ -1,5 +1,6 @@
 """A replica's engine: weights on its device, or the fake engine without a model."""
 
+import logging
 from pathlib import Path
 
 from batchinfer.cluster.messages import ReplicaSetup
@@ -7,6 +8,8 @@ from batchinfer.detokenise import Detokenizer
 from batchinfer.engine.engine import LoadedEngine
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine
 from batchinfer.models.files import max_model_len, read_config
+
+logger = logging.getLogger(__name__)
 
 _FAKE_VOCAB_SIZE = 32000
 _FAKE_ROWS = 256
@@ -21,14 +24,18 @@ def load_engine(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer |
     kind = spec.engine.kind
     if kind == "fake":
         return _load_fake(setup, directory, detokenizer)
-    # Imports torch, which the fake engine does without.
+    # They import torch, which the fake engine does without.
     from batchinfer.engine.build import build_engine
+    from batchinfer.engine.threads import settle_num_threads
 
+    device = "cuda" if spec.model.device == "cuda" or (spec.model.device == "auto" and setup.num_gpus) else "cpu"
+    if device == "cpu":
+        logger.info("the model uses %d threads", settle_num_threads())
     return build_engine(
         kind,
         directory,
         dtype=spec.model.dtype,
-        device="cuda" if spec.model.device == "cuda" or (spec.model.device == "auto" and setup.num_gpus) else "cpu",
+        device=device,
         max_model_len=spec.model.max_model_len,
         decode=detokenizer.decode if detokenizer is not None else None,
         max_batch_rows=spec.engine.max_batch_rows,

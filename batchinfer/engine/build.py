@@ -41,13 +41,14 @@ def build_engine(
 ) -> LoadedEngine:
     """Load the model in ``directory`` (hub layout) onto ``device`` and put an engine of this kind around it.
 
-    ``auto`` is ``continuous`` where that supports the model, else ``padded``, and says in the log why. ``decode`` is
+    ``auto`` is ``continuous`` on a CPU where that supports the model, else ``padded``, and says in the log why. On a
+    GPU ``continuous`` has to be asked for: its kernels are proven in Triton's interpreter only so far. ``decode`` is
     needed by sequences with stop strings only. ``max_batch_tokens`` is the size of the KV cache in tokens. Limits
     left out come from the device. Raises ModelError when directory, family, device or memory do not do, and for
     ``continuous`` asked of a model that it does not support.
     """
     check_device(device, dtype)
-    if kind != "padded":
+    if kind == "continuous" or (kind == "auto" and torch.device(device).type == "cpu"):
         facts = read_facts(directory, max_model_len=max_model_len)
         reason = supported(facts.config)
         if reason is None:

@@ -16,14 +16,12 @@ import torch
 from batchinfer.engine.decoder import Decoder
 from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
 from batchinfer.engine.kv_cache import KvCache
-from batchinfer.engine.randomness import stream_key
-from batchinfer.engine.row import Row, failure
+from batchinfer.engine.row import Row, begin, failure
 from batchinfer.engine.sampler import Drawn, Sampler
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.scheduler_limits import Counters, Limits
 from batchinfer.engine.step_plan import StepPlan
 from batchinfer.engine.step_tensors import build
-from batchinfer.engine.stopping import StopMatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +57,7 @@ class ContinuousEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
         self._decode = decode
-        self._num_steps_ahead = (
-            num_steps_ahead if num_steps_ahead is not None else int(decoder.device.type == "cuda")
-        )
+        self._num_steps_ahead = num_steps_ahead if num_steps_ahead is not None else int(decoder.device.type == "cuda")
         self._numbers = count()
         self._scheduler = Scheduler(limits, self._numbers)
         self._sampler = Sampler(decoder.config.vocab_size, decoder.device)
@@ -127,36 +123,26 @@ class ContinuousEngine:
         self._kv = KvCache(empty, empty)
 
     def _submit_one(self, sequence: Sequence) -> None:
-        prompt, params = sequence.prompt, sequence.prompt.sampling
-        num_prompt_tokens = len(prompt.token_ids)
-        if num_prompt_tokens == 0:
-            self._ended.append(failure(sequence, "empty_prompt", "the prompt has no tokens"))
-            return
-        if num_prompt_tokens >= self._max_model_len:
-            limit = f"{num_prompt_tokens} prompt tokens leave no room in the model's {self._max_model_len}"
-            self._ended.append(failure(sequence, "prompt_too_long", limit))
-            return
-        matcher = None
-        if params.stop:
-            if self._decode is None:
-                raise ValueError(f"{prompt.row_id} has stop strings, but the engine was made without decode")
-            matcher = StopMatcher(params.stop, self._decode, params.min_new_tokens)
-        max_new_tokens = min(params.max_new_tokens, self._max_model_len - num_prompt_tokens)
         number = next(self._numbers)
+        row = begin(
+            sequence,
+            number,
+            eos_token_ids=self._eos_token_ids,
+            vocab_size=self._decoder.config.vocab_size,
+            max_model_len=self._max_model_len,
+            decode=self._decode,
+        )
+        if isinstance(row, Generation):
+            self._ended.append(row)
+            return
+        prompt = sequence.prompt
         try:
-            fitting = self._scheduler.add(number, prompt.token_ids, max_new_tokens, prompt.row_id)
+            fitting = self._scheduler.add(number, prompt.token_ids, row.max_new_tokens, prompt.row_id)
         except ValueError as error:
             self._ended.append(failure(sequence, "out_of_memory", str(error)))
             return
-        self._rows[number] = Row(
-            sequence=sequence,
-            arrival=number,
-            key=stream_key(params.seed, prompt.row_id, sequence.sample),
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids),
-            max_new_tokens=fitting,
-            matcher=matcher,
-            logprobs=None if params.logprobs is None else [],
-        )
+        row.max_new_tokens = fitting
+        self._rows[number] = row
         self._number_of[sequence.sequence_id] = number
 
     def _launch(self, plan: StepPlan) -> None:

@@ -42,7 +42,7 @@ def bytes_per_place(config: DecoderConfig, dtype: torch.dtype) -> int:
 
 
 def activation_bytes(config: DecoderConfig, dtype: torch.dtype, max_step_tokens: int, max_logits_rows: int) -> int:
-    """An upper bound of what a step needs beside weights and cache.
+    """What a step needs beside weights and cache, leaving out the scratch memory of attention.
 
     At the widest point a token has its residual, its normed copy, the gate, up and their product; a row that
     samples has its logits in the model's dtype and, in the sampler, in float32 with one sorted copy.

@@ -19,10 +19,8 @@ from batchinfer.engine.batching import BatchLimits, BatchShape, RowShape
 from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
 from batchinfer.engine.padded_cache import PaddedCache
 from batchinfer.engine.padded_limits import check_layers, default_limits
-from batchinfer.engine.randomness import stream_key
-from batchinfer.engine.row import Row, failure
+from batchinfer.engine.row import Row, begin, failure
 from batchinfer.engine.sampler import Sampled, Sampler
-from batchinfer.engine.stopping import StopMatcher
 
 #: What a completion's length is expected to be before any has ended, and how many ended ones that guess counts for.
 _PRIOR_NEW_TOKENS = 64
@@ -141,38 +139,18 @@ class PaddedEngine:
         self._count()
 
     def _submit_one(self, sequence: Sequence) -> None:
-        prompt, params = sequence.prompt, sequence.prompt.sampling
-        num_prompt_tokens = len(prompt.token_ids)
-        if num_prompt_tokens == 0:
-            self._ended.append(failure(sequence, "empty_prompt", "the prompt has no tokens"))
-            return
-        if num_prompt_tokens >= self._max_model_len:
-            limit = f"{num_prompt_tokens} prompt tokens leave no room in the model's {self._max_model_len}"
-            self._ended.append(failure(sequence, "prompt_too_long", limit))
-            return
-        vocab_size = self._sampler.vocab_size
-        if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= vocab_size:
-            # On a GPU such an id ends the whole process, rows of others included.
-            limit = f"the prompt has token ids outside the model's vocabulary of {vocab_size}"
-            self._ended.append(failure(sequence, "bad_token_id", limit))
-            return
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
-        matcher = None
-        if params.stop:
-            if self._decode is None:
-                raise ValueError(f"{prompt.row_id} has stop strings, but the engine was made without decode")
-            matcher = StopMatcher(params.stop, self._decode, params.min_new_tokens)
-        self._waiting.append(
-            Row(
-                sequence=sequence,
-                arrival=self._num_arrivals,
-                key=stream_key(params.seed, prompt.row_id, sequence.sample),
-                stop_ids=stop_ids,
-                max_new_tokens=min(params.max_new_tokens, self._max_model_len - num_prompt_tokens),
-                matcher=matcher,
-                logprobs=None if params.logprobs is None else [],
-            )
+        row = begin(
+            sequence,
+            self._num_arrivals,
+            eos_token_ids=self._eos_token_ids,
+            vocab_size=self._sampler.vocab_size,
+            max_model_len=self._max_model_len,
+            decode=self._decode,
         )
+        if isinstance(row, Generation):
+            self._ended.append(row)
+            return
+        self._waiting.append(row)
         self._num_arrivals += 1
 
     def _plan(self) -> int:

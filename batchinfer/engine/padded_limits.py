@@ -1,11 +1,10 @@
 """How much the padded engine takes on by default: from the model's shape and the device's free memory."""
 
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from batchinfer.engine.batching import BatchLimits
+from batchinfer.engine.kv_cache import free_bytes
 from batchinfer.errors import ModelError
 
 #: Layer types whose whole state is keys and values, in the names of transformers' ``layer_types``.
@@ -41,23 +40,7 @@ def default_limits(model: PreTrainedModel, max_rows: int | None, max_tokens: int
     """The given limits, completed from the device."""
     device = "cuda" if model.device.type == "cuda" else "cpu"
     if max_tokens is None:
-        free_bytes = torch.cuda.mem_get_info(model.device)[0] if device == "cuda" else _free_host_bytes()
-        max_tokens = max(1, int(free_bytes * _KV_SHARE[device]) // kv_bytes_per_token(model.config, model.dtype))
+        max_tokens = max(
+            1, int(free_bytes(model.device) * _KV_SHARE[device]) // kv_bytes_per_token(model.config, model.dtype)
+        )
     return BatchLimits(max_rows or _MAX_ROWS[device], max_tokens, _MAX_PREFILL_TOKENS[device])
-
-
-def _free_host_bytes() -> int:
-    """What the kernel calls available, or what the container's limit leaves, whichever is less."""
-    free_bytes = 4 << 30
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free_bytes = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            free_bytes = min(free_bytes, max(0, int(limit) - used))
-    except OSError:
-        # Not Linux, or no cgroup v2: what has been found so far stands.
-        pass
-    return free_bytes

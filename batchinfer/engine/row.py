@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from batchinfer.engine.engine import Generation, Sequence
+from batchinfer.engine.engine import Decode, Generation, Sequence
+from batchinfer.engine.randomness import stream_key
 from batchinfer.engine.sampler import SamplerRow
 from batchinfer.engine.stopping import StopMatcher
 from batchinfer.records import FinishReason, RowError, TokenLogprobs
@@ -52,6 +53,46 @@ class Row:
         """The row's end."""
         logprobs = None if self.logprobs is None else tuple(self.logprobs)
         return Generation(self.sequence, tuple(self.generated), reason, logprobs)
+
+
+def begin(
+    sequence: Sequence,
+    arrival: int,
+    *,
+    eos_token_ids: frozenset[int],
+    vocab_size: int,
+    max_model_len: int,
+    decode: Decode | None,
+) -> Row | Generation:
+    """A row for a sequence that was just submitted, or its end where it cannot be generated.
+
+    ``decode`` is needed by stop strings: without it they raise ValueError, for the engine was made wrongly.
+    """
+    prompt, params = sequence.prompt, sequence.prompt.sampling
+    num_prompt_tokens = len(prompt.token_ids)
+    if num_prompt_tokens == 0:
+        return failure(sequence, "empty_prompt", "the prompt has no tokens")
+    if num_prompt_tokens >= max_model_len:
+        limit = f"{num_prompt_tokens} prompt tokens leave no room in the model's {max_model_len}"
+        return failure(sequence, "prompt_too_long", limit)
+    if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= vocab_size:
+        # On a GPU such an id ends the whole process, rows of others included.
+        limit = f"the prompt has token ids outside the model's vocabulary of {vocab_size}"
+        return failure(sequence, "bad_token_id", limit)
+    matcher = None
+    if params.stop:
+        if decode is None:
+            raise ValueError(f"{prompt.row_id} has stop strings, but the engine was made without decode")
+        matcher = StopMatcher(params.stop, decode, params.min_new_tokens)
+    return Row(
+        sequence=sequence,
+        arrival=arrival,
+        key=stream_key(params.seed, prompt.row_id, sequence.sample),
+        stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
+        max_new_tokens=min(params.max_new_tokens, max_model_len - num_prompt_tokens),
+        matcher=matcher,
+        logprobs=None if params.logprobs is None else [],
+    )
 
 
 def failure(sequence: Sequence, error_type: str, error: str) -> Generation:
