@@ -218,7 +218,7 @@ class ExecutionSpec(Block):
     """Units, retries and timing."""
 
     rows_per_unit: Positive = 1024
-    #: Finished rows of a unit in flight are journaled at most this far apart.
+    #: Without effect so far: units are committed whole. Accepted so that job files stay valid once rows are journaled.
     journal_interval_s: Annotated[float, Field(gt=0)] = 30.0
     #: Tries per work unit before it is given up for this run.
     max_attempts: Positive = 3
