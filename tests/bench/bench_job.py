@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows-per-unit", type=int, default=32)
-    parser.add_argument("--engine", default="padded", help="engine.kind of both")
+    parser.add_argument("--engine", default="auto", help="engine.kind of both")
     parser.add_argument("--batch-rows", type=int, default=None, help="engine.max_batch_rows of both")
     parser.add_argument("--model", type=Path, default=REPOSITORY / ".cache" / "demo-model")
     options = parser.parse_args()

@@ -80,7 +80,7 @@ def test_there_are_ready_job_files() -> None:
         ("sampling: 3", "5:1: sampling: expected a block of keys, got 3"),
         ("name: 3", "5:1: name: expected text, got 3; put quotes around it"),
         ("name: ''", "5:1: name: expected text that is not empty, got ''"),
-        ("engine: {kind: fast}", "5:10: engine.kind: expected 'auto', 'padded' or 'fake', got 'fast'"),
+        ("engine: {kind: fast}", "5:10: engine.kind: expected 'auto', 'continuous', 'padded' or 'fake', got 'fast'"),
         ("cluster: {replicas: five}", "5:11: cluster.replicas: expected an integer or 'auto', got 'five'"),
         ("cluster: {replicas: 0}", "5:11: cluster.replicas: expected at least 1 or 'auto', got 0"),
         ("name: !!python/object:os.system x", "5:1: name: the YAML tag tag:yaml.org,2002:python/object:os.system is"),
