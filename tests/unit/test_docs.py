@@ -76,7 +76,13 @@ def test_every_command_the_readme_names_exists() -> None:
 
 
 def test_every_option_the_readme_names_exists() -> None:
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    benches = re.findall(r"`python (tests/bench/\w+\.py)([^`]*)`", README)
+    assert len(benches) > 3
+    for path, arguments in benches:
+        script = (ROOT / path).read_text()
+        assert all(f'"{option}"' in script for option in re.findall(r"--[a-z-]+", arguments)), path
+    commands = re.sub(r"`(?:python tests/bench/[^`]*|--engine padded)`", "", README)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", commands))
     known = {option for command in main.commands.values() for param in command.params for option in param.opts}
     assert named >= {"--set", "--json", "--storage-options"}
     assert named <= known
