@@ -207,17 +207,9 @@ class ContinuousEngine:
             row = self._rows.get(number)
             if row is None:
                 continue
-            if not sampled.is_finite[index]:
-                cause = "the model's logits are NaN or infinite; bfloat16 or float32 avoids overflow of float16"
-                end = failure(row.sequence, "not_finite", cause)
-            else:
-                row.generated.append(sampled.token_ids[index])
-                if row.logprobs is not None:
-                    row.logprobs.append(sampled.logprobs[index])
-                reason = row.finish_reason()
-                if reason is None:
-                    continue
-                end = row.generation(reason)
+            end = row.take(sampled, index)
+            if end is None:
+                continue
             self._ended.append(end)
             self._forget(number)
             self._scheduler.finish(number)

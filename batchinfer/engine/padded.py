@@ -254,16 +254,7 @@ class PaddedEngine:
         """Give each row its token; the indices of those that ended with it."""
         leaving: list[int] = []
         for index, row in enumerate(rows):
-            end: Generation | None
-            if not sampled.is_finite[index]:
-                cause = "the model's logits are NaN or infinite; bfloat16 or float32 avoids overflow of float16"
-                end = failure(row.sequence, "not_finite", cause)
-            else:
-                row.generated.append(sampled.token_ids[index])
-                if row.logprobs is not None:
-                    row.logprobs.append(sampled.logprobs[index])
-                reason = row.finish_reason()
-                end = None if reason is None else row.generation(reason)
+            end = row.take(sampled, index)
             if end is not None:
                 # Marked at once: a lack of memory later in this step must not start the row again.
                 row.has_ended = True

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from batchinfer.engine.engine import Decode, Generation, Sequence
 from batchinfer.engine.randomness import stream_key
-from batchinfer.engine.sampler import SamplerRow
+from batchinfer.engine.sampler import Sampled, SamplerRow
 from batchinfer.engine.stopping import StopMatcher
 from batchinfer.records import FinishReason, RowError, TokenLogprobs
 
@@ -38,6 +38,17 @@ class Row:
         """The row as the sampler takes it, at its present position."""
         prompt = self.sequence.prompt
         return SamplerRow(prompt.sampling, self.key, tuple(self.stop_ids), prompt.token_ids, tuple(self.generated))
+
+    def take(self, sampled: Sampled, index: int) -> Generation | None:
+        """Add the token that was sampled for this row, the ``index``-th of the step; its end, if that is one."""
+        if not sampled.is_finite[index]:
+            cause = "the model's logits are NaN or infinite; bfloat16 or float32 avoids overflow of float16"
+            return failure(self.sequence, "not_finite", cause)
+        self.generated.append(sampled.token_ids[index])
+        if self.logprobs is not None:
+            self.logprobs.append(sampled.logprobs[index])
+        reason = self.finish_reason()
+        return None if reason is None else self.generation(reason)
 
     def finish_reason(self) -> FinishReason | None:
         """Why the row ends with the token it has just taken, if it does. To be asked once per token."""
