@@ -5,11 +5,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from batchinfer.records import FORMAT_VERSION
 from batchinfer.redact import HIDDEN, redact
 from batchinfer.spec import JobSpec
-
-#: Version of the on-disk layout and of the meaning of its rows; an output of another version is another job's.
-FORMAT_VERSION = 1
 
 _SHOWN_CHARS = 72
 

@@ -7,9 +7,12 @@ prompt; a *completion* is what a sequence became; a *dead letter* is a row that 
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 FinishReason = Literal["stop", "length"]
+
+#: Version of the on-disk layout and of the meaning of its rows; an output of another version is another job's.
+FORMAT_VERSION: Final = 1
 
 ROW_ID = "row_id"
 SAMPLE = "sample"

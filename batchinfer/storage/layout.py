@@ -24,12 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.errors import OutputError, ShardCorrupt
-from batchinfer.records import Plan, Shard, UnreadableShard, WorkUnit
+from batchinfer.records import FORMAT_VERSION, Plan, Shard, UnreadableShard, WorkUnit
 from batchinfer.redact import redact
 from batchinfer.storage.footer import read_footer
 from batchinfer.storage.location import FoundFile, Location
-
-FORMAT_VERSION: Final = 1
 
 COMPLETIONS: Final = "completions"
 ERRORS: Final = "errors"

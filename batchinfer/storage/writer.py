@@ -13,6 +13,7 @@ from batchinfer.errors import PartExists
 from batchinfer.records import (
     COMPLETION,
     FINISH_REASON,
+    FORMAT_VERSION,
     LOGPROBS,
     NUM_COMPLETION_TOKENS,
     NUM_PROMPT_TOKENS,
@@ -24,7 +25,7 @@ from batchinfer.records import (
     TokenLogprobs,
     WorkUnit,
 )
-from batchinfer.storage.layout import FORMAT_VERSION, completions_part, errors_part, staging
+from batchinfer.storage.layout import completions_part, errors_part, staging
 from batchinfer.storage.location import Location
 
 #: Columns of a part by name, its key-value metadata, row offsets within a unit.
