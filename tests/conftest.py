@@ -10,7 +10,15 @@ if not Path("/dev/nvidia0").exists():
     # Triton decides at its import, which transformers' models bring about, whether kernels are interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from hypothesis import settings
+
 from tests.tiny import tiny_exaone3
+
+# The default suite tries the same examples on every machine, so that it tells whether a change is right; `make torture`
+# and HYPOTHESIS_PROFILE=search look for new ones. An example it finds becomes an @example of its test.
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("search", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Before Ray is imported anywhere: no reports over the network, no rewriting of CUDA_VISIBLE_DEVICES.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -72,7 +72,8 @@ def plan_admission(
     """
     num_fitting = num_in_prefill = num_read = 0
     width, max_remaining, prefill_width = batch.width, batch.max_remaining, 0
-    for row in waiting[: limits.max_rows - batch.num_rows]:
+    # A batch above max_rows (its limit was lowered while it ran) takes nobody; a slice must not turn negative.
+    for row in waiting[: max(0, limits.max_rows - batch.num_rows)]:
         width = max(width, row.length)
         max_remaining = max(max_remaining, row.max_remaining)
         growth = min(max(expected_new_tokens, _MIN_GROWTH), max_remaining)

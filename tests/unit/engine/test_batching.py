@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchinfer.engine.batching import (
@@ -20,6 +20,7 @@ BATCHES = st.one_of(st.just(EMPTY), st.builds(BatchShape, st.integers(1, 64), st
 
 
 @given(ROWS, BATCHES, LIMITS, st.integers(1, 300))
+@example([RowShape(1, 1)] * 2, BatchShape(2, 1, 1), BatchLimits(1, 6, 1), 1)
 def test_admission_respects_every_limit(
     rows: list[RowShape], batch: BatchShape, limits: BatchLimits, expected: int
 ) -> None:
