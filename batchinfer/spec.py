@@ -218,12 +218,16 @@ class ExecutionSpec(Block):
     """Units, retries and timing."""
 
     rows_per_unit: Positive = 1024
-    #: Without effect so far: units are committed whole. Accepted so that job files stay valid once rows are journaled.
+    #: Rows and tokens of units in flight are journaled at most this far apart.
     journal_interval_s: Annotated[float, Field(gt=0)] = 30.0
     #: Tries per work unit before it is given up for this run.
     max_attempts: Positive = 3
     #: A replica that cannot start is tried this often before the run ends.
     max_start_attempts: Positive = 3
+    #: A replica with units but without a sign of life (a step, a row read or written) for this long is replaced.
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    #: A replica that is not ready after this long is replaced.
+    start_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     #: Units each replica holds; at least two, so that the next unit's rows start before the last one's slowest ends.
     units_in_flight: Annotated[int, Field(ge=2)] = 2
     #: A lease without a heartbeat for this long may be taken over.

@@ -30,11 +30,33 @@ class ReplicaSetup:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One unit to generate, with where its rows lie."""
+    """One unit to work on, with where its rows lie."""
 
     unit: WorkUnit
     shard: Shard
     attempt: int
+    #: Counts up with every assignment of the run; orders the journals of a unit's holders.
+    lease: int = 0
+    #: Offsets of rows that are known to kill their replica: they become dead letters unseen by the engine.
+    poisoned: tuple[int, ...] = ()
+    #: Offsets of the rows to try, for a probe.
+    offsets: range = range(0)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """The rows of a probe were generated and journaled; nothing was committed."""
+
+    unit_id: str
+    offsets: range
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A replica has journaled what it had in flight and generates nothing any more."""
+
+    num_rows_journaled: int
+    num_tokens_journaled: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +75,8 @@ class ReplicaProgress:
     """Counters of one replica since its start."""
 
     stats: EngineStats
+    #: Grows with every step of the engine and every row prepared or published.
+    num_signs_of_life: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +84,10 @@ class Failure:
     """Why a call could not do its work; a value, since exceptions of ours would arrive wrapped in Ray's.
 
     ``job``: no replica anywhere can do better. ``replica``: this replica is unusable. ``unit``: this try failed.
+    ``drained``: the replica was told to stop before it was through; what it had is journaled.
     """
 
-    scope: Literal["job", "replica", "unit"]
+    scope: Literal["job", "replica", "unit", "drained"]
     error_type: str
     error: str
 

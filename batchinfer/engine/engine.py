@@ -21,6 +21,10 @@ class Sequence:
 
     prompt: Prompt
     sample: int = 0
+    #: Tokens an earlier try has generated already; the engine goes on behind them.
+    token_ids: tuple[int, ...] = ()
+    #: One for each of them when the prompt asks for logprobs, else empty.
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def sequence_id(self) -> tuple[str, int]:
@@ -40,6 +44,15 @@ class Generation:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """How far a sequence has come: all its new tokens so far, those it began with included."""
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
