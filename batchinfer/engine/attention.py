@@ -24,19 +24,20 @@ import torch
 
 from batchinfer.engine.step_tensors import ChunkTensors, DecodeTensors
 
-#: Lengths of a batch are rounded up to a multiple of this.
-_LENGTH_GRANULE = 16
-#: Places copied at once at most; a power of two that divides the one above.
-_MAX_BLOCK_PLACES = 16
-#: Places gathered at once, if more than one row is: their keys should stay in a core's own cache.
-_MAX_BATCH_PLACES = 4096
+#: Places copied at once at most: half as many take half as long again. Lengths of a batch are multiples of it.
+_MAX_BLOCK_PLACES = 32
+#: Keys gathered at once, if more than one row is: they should stay in a core's own cache.
+_MAX_BATCH_BYTES = 3 << 19
 #: Rows of a batch of several.
 _BATCH_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-#: What the calls of a batch cost beside its places, in places.
-_BATCH_COST = 300
-#: Queries of one block of a chunk: keys after a block's end are not looked at by any of its queries.
-_BLOCK_QUERIES = 256
-#: Scores of one block and key/value head; blocks get smaller where contexts are long.
+#: What the calls of a batch cost beside its keys, in bytes of keys.
+_BATCH_COST_BYTES = 1 << 18
+#: Queries of one block of a chunk: keys after a block's end are not looked at by any of its queries. Twice as many
+#: take 1.2 to 2.2 times as long from 256 tokens on: more of the scores are masked, and they outgrow a core's cache.
+_BLOCK_QUERIES = 128
+#: Blocks get smaller where contexts are long, but not below this.
+_MIN_BLOCK_QUERIES = 16
+#: Scores of one block and key/value head.
 _MAX_BLOCK_SCORES = 1 << 20
 
 _Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -103,14 +104,17 @@ class ChunkLayout:
     blocks: tuple[Block, ...]
 
 
-def batch_sizes(lengths: SequenceOf[int], num_shared: int = 0) -> list[tuple[int, int]]:
+def batch_sizes(lengths: SequenceOf[int], num_shared: int, place_bytes: int) -> list[tuple[int, int]]:
     """Cut rows sorted longest first into batches: (rows, padded length) of each, in order.
 
-    The cheapest cut, where a batch costs its places, padding included, ``_BATCH_COST`` for its calls, and reading
-    the ``num_shared`` places of the prefix. A batch of several rows has at most ``_MAX_BATCH_PLACES`` of its own.
+    The cheapest cut, where a batch costs the keys of its places, padding included, ``_BATCH_COST_BYTES`` for its
+    calls, and reading the ``num_shared`` places of the prefix. ``place_bytes`` are those of one place's keys. A batch
+    of several rows has at most ``_MAX_BATCH_BYTES`` of its own.
     """
-    padded = [-(-length // _LENGTH_GRANULE) * _LENGTH_GRANULE for length in lengths]
+    padded = [-(-length // _MAX_BLOCK_PLACES) * _MAX_BLOCK_PLACES for length in lengths]
     num = len(padded)
+    max_places = _MAX_BATCH_BYTES // place_bytes
+    batch_cost = _BATCH_COST_BYTES // place_bytes + num_shared
     # From the last row backwards: the least cost of all rows from here on, and the batch that it begins with.
     costs = [0] * (num + 1)
     chosen = [1] * num
@@ -119,12 +123,12 @@ def batch_sizes(lengths: SequenceOf[int], num_shared: int = 0) -> list[tuple[int
         costs[first] = length + costs[first + 1]
         for num_rows in _BATCH_ROWS:
             stop = first + num_rows
-            if stop > num or num_rows * length > _MAX_BATCH_PLACES:
+            if stop > num or num_rows * length > max_places:
                 break
             cost = num_rows * length + costs[stop]
             if cost < costs[first]:
                 costs[first], chosen[first] = cost, num_rows
-        costs[first] += _BATCH_COST + num_shared
+        costs[first] += batch_cost
     batches = []
     first = 0
     while first < num:
@@ -146,9 +150,10 @@ def decode_layout(rows: DecodeTensors, keys_NKD: torch.Tensor, window: int) -> D
     hidden = np.maximum(lengths + prefix_lengths - window, 0) if window else np.zeros_like(lengths)
     prefix_begins = np.minimum(hidden, prefix_lengths)
     own_begins = hidden - prefix_begins
-    skipped = own_begins // _LENGTH_GRANULE * _LENGTH_GRANULE
+    skipped = own_begins // _MAX_BLOCK_PLACES * _MAX_BLOCK_PLACES
     own = _OwnPlaces(starts=offsets + skipped, begins=own_begins - skipped, ends=lengths - skipped)
     block = _block_places(own.starts, keys_NKD)
+    place_bytes = keys_NKD[0].nbytes
     # A prefix that no query sees any more is no prefix.
     prefixes = np.where(prefix_begins < prefix_lengths, prefix_offsets, -1)
     order = np.lexsort((-own.ends, prefixes))
@@ -160,7 +165,7 @@ def decode_layout(rows: DecodeTensors, keys_NKD: torch.Tensor, window: int) -> D
         end = int(prefix_lengths[members[0]]) if shared else 0
         base = int(prefix_offsets[members[0]])
         batches = []
-        for num_rows, length in batch_sizes(own.ends[members].tolist(), end - begin):
+        for num_rows, length in batch_sizes(own.ends[members].tolist(), end - begin, place_bytes):
             chosen = order[first : first + num_rows]
             prefix_mask = None
             if shared and prefix_begins[chosen].max() > begin:
@@ -247,7 +252,7 @@ def prefill_layout(chunks: ChunkTensors, num_groups: int, window: int, like: tor
         blocks = []
         start = chunk.start
         while start < chunk.stop:
-            most = max(_LENGTH_GRANULE, min(_BLOCK_QUERIES, _MAX_BLOCK_SCORES // (num_groups * chunk.stop)))
+            most = max(_MIN_BLOCK_QUERIES, min(_BLOCK_QUERIES, _MAX_BLOCK_SCORES // (num_groups * chunk.stop)))
             stop = min(start + most, chunk.stop)
             begin = max(0, start + 1 - window) if window else 0
             masked_from = begin if window else start
@@ -315,10 +320,10 @@ def _scores(q_BGD: torch.Tensor, keys_BCD: torch.Tensor, scale: float, soft_cap:
 
 
 def _context(arena_NKD: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
-    """The places of a chunk's context, [K, places, D]: a view, or a copy where there is a prefix to join."""
+    """The places of a chunk's context, [K, places, D], copied: torch's product would copy a view once per block."""
     own_KCD = arena_NKD[layout.own_places].transpose(0, 1)
     if layout.prefix_places.start == layout.prefix_places.stop:
-        return own_KCD
+        return own_KCD.contiguous()
     return torch.cat((arena_NKD[layout.prefix_places].transpose(0, 1), own_KCD), 1)
 
 

@@ -1,5 +1,6 @@
 """From a model directory to the engine that runs it: the fast one where it supports the model, else the general one."""
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Literal
@@ -12,10 +13,12 @@ from batchinfer.engine.decoder import Decoder
 from batchinfer.engine.decoder_config import DecoderConfig, decoder_config, supported
 from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.engine import Decode, LoadedEngine
+from batchinfer.engine.graphs import GraphedDecoder, cuda_recorder
 from batchinfer.engine.ops import Ops
 from batchinfer.engine.padded import PaddedEngine
 from batchinfer.engine.scheduler_limits import Limits
 from batchinfer.engine.torch_ops import TorchOps
+from batchinfer.engine.warm_up import MAX_DISTANCE, warm_up
 from batchinfer.errors import ModelError
 from batchinfer.models.loading import DTYPES, ModelFacts, check_device, load_model, read_facts
 
@@ -26,6 +29,8 @@ EngineKind = Literal["auto", "continuous", "padded"]
 #: Sequences at once and tokens through the model in a step, unless the job says otherwise.
 _MAX_ROWS = {"cpu": 256, "cuda": 1024}
 _MAX_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
+#: At most 64 MiB each for split rows, for a relocation and for a prefix's splits, in graphs once more.
+_KERNEL_SCRATCH_BYTES = 384 << 20
 
 
 def build_engine(
@@ -41,21 +46,24 @@ def build_engine(
 ) -> LoadedEngine:
     """Load the model in ``directory`` (hub layout) onto ``device`` and put an engine of this kind around it.
 
-    ``auto`` is ``continuous`` on a CPU where that supports the model, else ``padded``, and says in the log why. On a
-    GPU ``continuous`` has to be asked for: its kernels are proven in Triton's interpreter only so far. ``decode`` is
-    needed by sequences with stop strings only. ``max_batch_tokens`` is the size of the KV cache in tokens. Limits
-    left out come from the device. Raises ModelError when directory, family, device or memory do not do, and for
-    ``continuous`` asked of a model that it does not support.
+    ``auto`` is ``continuous`` where that supports the model and its kernels prove right on the device, else
+    ``padded``, and says in the log why. ``decode`` is needed by sequences with stop strings only.
+    ``max_batch_tokens`` is the size of the KV cache in tokens. Limits left out come from the device. Raises
+    ModelError when directory, family, device or memory do not do, and where ``continuous`` is asked for and cannot be.
     """
     check_device(device, dtype)
-    if kind == "continuous" or (kind == "auto" and torch.device(device).type == "cpu"):
+    if kind != "padded":
         facts = read_facts(directory, max_model_len=max_model_len)
-        reason = supported(facts.config)
+        reason = supported(facts.config) or _lacking(torch.device(device))
         if reason is None:
-            return _continuous(facts, dtype, device, decode, max_batch_rows, max_batch_tokens)
+            try:
+                return _continuous(facts, dtype, device, decode, max_batch_rows, max_batch_tokens)
+            except _KernelsWrong as error:
+                # Only the words are kept: the traceback holds the weights.
+                reason = str(error)
         if kind == "continuous":
             raise ModelError(f"{directory}: {reason}; use engine.kind=padded")
-        logger.info("the padded engine runs this model: %s", reason)
+        logger.warning("the padded engine runs this model: %s", reason)
     loaded = load_model(directory, dtype=dtype, device=device, max_model_len=max_model_len)
     engine = PaddedEngine(
         loaded.model,
@@ -69,6 +77,31 @@ def build_engine(
     return LoadedEngine(engine, "padded", device, loaded.eos_token_ids, loaded.vocab_size, loaded.max_model_len)
 
 
+class _KernelsWrong(Exception):
+    """The kernels do not compute on this device what plain torch does."""
+
+
+def check_kernels(decoder: Decoder, plain: Decoder, max_model_len: int) -> None:
+    """Compile the kernels and hold them against plain torch on the decoder's device, a few seconds before any row.
+
+    Raises _KernelsWrong when they differ by more than rounding explains.
+    """
+    distance = warm_up(decoder, plain, max_model_len)
+    if not distance <= MAX_DISTANCE:
+        raise _KernelsWrong(
+            f"on {decoder.device} its kernels' logits are {distance:.2g} away from plain torch's, "
+            f"where rounding explains {MAX_DISTANCE}"
+        )
+    logger.info("kernels are right on %s: logits within %.2g of plain torch's", decoder.device, distance)
+
+
+def _lacking(device: torch.device) -> str | None:
+    """What the device's kernels need and this installation lacks."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "its kernels need triton, which is not installed"
+    return None
+
+
 def _continuous(
     facts: ModelFacts,
     dtype_name: str,
@@ -80,10 +113,14 @@ def _continuous(
     config, dtype, device = decoder_config(facts.config), DTYPES[dtype_name], torch.device(device_name)
     weights = load_weights(config, facts.weight_files, dtype=dtype, device=device, key_mapping=facts.key_mapping)
     decoder = Decoder(config, weights, device_ops(device), facts.max_model_len)
+    if device.type == "cuda":
+        check_kernels(decoder, Decoder(config, weights, TorchOps(), facts.max_model_len), facts.max_model_len)
     limits = continuous_limits(config, dtype, device, facts.max_model_len, max_rows, max_places)
+    # One place more than the scheduler knows of: padding rows of graphs write there.
+    kv = kv_cache.allocate(config, limits.num_places + 1, dtype, device)
     engine = ContinuousEngine(
-        decoder,
-        kv_cache.allocate(config, limits.num_places, dtype, device),
+        GraphedDecoder(decoder, kv, limits.max_rows, cuda_recorder(device)) if device.type == "cuda" else decoder,
+        kv,
         limits,
         eos_token_ids=facts.eos_token_ids,
         max_model_len=facts.max_model_len,
@@ -109,10 +146,14 @@ def continuous_limits(
     places = max_places
     if places is None:
         reserved = kv_cache.activation_bytes(config, dtype, step_tokens, rows)
+        if device.type == "cuda":
+            # Graphs keep their activations in a pool of their own, and attention splits its work.
+            reserved += kv_cache.activation_bytes(config, dtype, rows, rows) + _KERNEL_SCRATCH_BYTES
         fitting = kv_cache.num_places(config, dtype, device, reserved_bytes=reserved, min_places=max_model_len)
         # More than every row at its longest can never be used.
         places = min(fitting, rows * max_model_len)
-    return Limits(num_places=places, max_rows=rows, max_step_tokens=step_tokens)
+    granule = kv_cache.GRANULES[device.type]
+    return Limits(num_places=places, max_rows=rows, max_step_tokens=step_tokens, granule=granule)
 
 
 def device_ops(device: torch.device) -> Ops:

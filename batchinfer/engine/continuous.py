@@ -4,6 +4,9 @@ The scheduler decides a step in integers (``scheduler``), the decoder carries it
 (``decoder``, ``kv_cache``), the sampler draws (``sampler``); this file joins them. On a GPU the host works one step
 ahead: while the device runs step i, step i + 1 is planned, and its decode rows take their newest tokens from the
 device. So a stop is seen one step late, and the token drawn after it is thrown away.
+
+Running out of memory costs work, never results: every sequence waits again with the tokens it has, in a new scheduler
+with smaller steps, and is read anew. What the arena holds then is nobody's.
 """
 
 from collections.abc import Iterable
@@ -14,14 +17,22 @@ from itertools import count
 import torch
 
 from batchinfer.engine.decoder import Decoder
-from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
+from batchinfer.engine.engine import Decode, EngineStats, Generation, Partial, Sequence
+from batchinfer.engine.forecast import OutputLengths
+from batchinfer.engine.graphs import GraphedDecoder
 from batchinfer.engine.kv_cache import KvCache
+from batchinfer.engine.out_of_memory import MEMORY_ERRORS, does_not_fit, is_out_of_memory
 from batchinfer.engine.row import Row, begin, failure
 from batchinfer.engine.sampler import Drawn, Sampler
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.scheduler_limits import Counters, Limits
+from batchinfer.engine.step_limits import StepLimits
 from batchinfer.engine.step_plan import StepPlan
 from batchinfer.engine.step_tensors import build
+from batchinfer.engine.upload import upload
+
+#: So many steps of one token that fail without one between that fits: then it is the device, whatever the sequence.
+_MAX_LONE_FAILURES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,7 @@ class ContinuousEngine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | GraphedDecoder,
         kv: KvCache,
         limits: Limits,
         *,
@@ -59,7 +70,14 @@ class ContinuousEngine:
         self._decode = decode
         self._num_steps_ahead = num_steps_ahead if num_steps_ahead is not None else int(decoder.device.type == "cuda")
         self._numbers = count()
-        self._scheduler = Scheduler(limits, self._numbers)
+        self._lengths = OutputLengths(limits.prior_output_tokens)
+        self._step_limits = StepLimits(limits.max_rows, limits.max_step_tokens)
+        self._scheduler = Scheduler(limits, self._numbers, self._lengths)
+        #: Steps of one token that failed since the last step that fitted; and where each sequence last failed in one.
+        self._num_lone_failures = 0
+        self._failed_alone_at: dict[int, int] = {}
+        #: Of the schedulers before a lack of memory.
+        self._earlier: Counters | None = None
         self._sampler = Sampler(decoder.config.vocab_size, decoder.device)
         #: Sequences in the sampler, in its order.
         self._sampling: list[int] = []
@@ -81,7 +99,13 @@ class ContinuousEngine:
     @property
     def counters(self) -> Counters:
         """What the scheduler counts: preemptions, prefixes, growths, places."""
-        return self._scheduler.counters
+        counters = self._scheduler.counters
+        return counters if self._earlier is None else counters.after(self._earlier)
+
+    @property
+    def limits(self) -> Limits:
+        """What a step may carry now: less than was given for a while after the device ran out of memory."""
+        return self._scheduler.limits
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -90,8 +114,22 @@ class ContinuousEngine:
     @torch.inference_mode()
     def step(self) -> list[Generation]:
         plan = self._scheduler.plan() if self._rows else None
-        if plan is not None:
-            self._launch(plan)
+        out_of_memory = False
+        try:
+            if plan is not None:
+                self._launch(plan)
+        except MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            # Handled below: until this clause ends, the traceback keeps the failed step's tensors alive.
+            out_of_memory = True
+        if plan is not None and out_of_memory:
+            self._retreat(plan)
+            plan = None
+        elif plan is not None:
+            self._num_lone_failures = 0
+            if self._step_limits.step_fitted():
+                self._scheduler.allow(self._step_limits.max_rows, self._step_limits.max_step_tokens)
         # With nothing launched, what is in flight is all there is to learn.
         allowed = self._num_steps_ahead if plan is not None else 0
         while len(self._flights) > allowed:
@@ -108,6 +146,10 @@ class ContinuousEngine:
             if number is not None:
                 self._forget(number)
                 self._scheduler.abort(number)
+
+    def in_progress(self) -> list[Partial]:
+        """Tokens still on their way from the device are not among them."""
+        return [row.partial() for row in self._rows.values() if row.generated]
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -137,13 +179,21 @@ class ContinuousEngine:
             return
         prompt = sequence.prompt
         try:
-            fitting = self._scheduler.add(number, prompt.token_ids, row.max_new_tokens, prompt.row_id)
+            row.max_new_tokens = self._scheduler.fitting(len(prompt.token_ids), row.max_new_tokens)
         except ValueError as error:
             self._ended.append(failure(sequence, "out_of_memory", str(error)))
             return
-        row.max_new_tokens = fitting
+        if row.max_remaining < 1:
+            # An earlier try had a larger KV cache. Its tokens are right, this one just cannot add to them.
+            self._ended.append(row.generation("length"))
+            return
+        self._wait(number, row)
         self._rows[number] = row
         self._number_of[sequence.sequence_id] = number
+
+    def _wait(self, number: int, row: Row) -> None:
+        prompt = row.sequence.prompt
+        self._scheduler.add(number, prompt.token_ids, row.max_new_tokens, prompt.row_id, len(row.generated))
 
     def _launch(self, plan: StepPlan) -> None:
         """Give the step to the device; on return it may still be running."""
@@ -153,10 +203,53 @@ class ContinuousEngine:
         )
         step = build(plan, self._tokens_of, self._decoder.device, self._newest_tokens(plan))
         logits_SV = self._decoder.forward(step, self._kv)
+        self._count_prompts(plan)
         if not sequences:
             return
         self._align_sampler(sequences)
         self._flights.append(_Flight(sequences, self._sampler.launch(logits_SV)))
+
+    def _retreat(self, plan: StepPlan) -> None:
+        """The device had no memory for this plan: begin anew with every sequence's tokens, in smaller steps.
+
+        A step of one token cannot be made smaller. If it fails again at the same position of the same sequence, and
+        others fitted between, the sequence ends with an error. Raises torch.OutOfMemoryError if nothing fits any more.
+        """
+        tokens = [(row.sequence, row.position) for row in plan.decode]
+        tokens += [(chunk.holder, chunk.start) for chunk in plan.prefill]
+        number, position = self._scheduler.holder_tokens(tokens[0][0])[0], tokens[0][1]
+        # What was launched before is done, or will be: its tokens count.
+        for flight in self._flights:
+            self._collect(flight)
+        self._flights.clear()
+        if plan.num_tokens == 1 and number in self._rows:
+            self._fail_alone(number, position)
+        self._step_limits.step_failed(plan.num_tokens)
+        self._sampler = Sampler(self._decoder.config.vocab_size, self._decoder.device)
+        self._sampling = []
+        if self._decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        limits = replace(
+            self._limits, max_rows=self._step_limits.max_rows, max_step_tokens=self._step_limits.max_step_tokens
+        )
+        counters = self.counters
+        self._earlier = replace(counters, num_preemptions=counters.num_preemptions + counters.num_running)
+        self._scheduler = Scheduler(limits, self._numbers, self._lengths)
+        for number, row in self._rows.items():
+            self._wait(number, row)
+
+    def _fail_alone(self, number: int, position: int) -> None:
+        if not self._num_lone_failures and self._failed_alone_at.get(number) == position:
+            self._ended.append(does_not_fit(self._rows[number]))
+            self._forget(number)
+            return
+        self._failed_alone_at[number] = position
+        self._num_lone_failures += 1
+        if self._num_lone_failures == _MAX_LONE_FAILURES:
+            raise torch.OutOfMemoryError(
+                f"device {self._decoder.device} has no memory for a step of one token beside the KV cache of "
+                f"{self._kv.num_places:,} places: something else takes it; to leave more, lower engine.max_batch_tokens"
+            )
 
     def _newest_tokens(self, plan: StepPlan) -> torch.Tensor | None:
         """The decode rows' newest tokens on the device; None when the host knows them all."""
@@ -165,12 +258,12 @@ class ContinuousEngine:
         flight = self._flights[-1]
         place_of = {number: index for index, number in enumerate(flight.sequences)}
         places = [place_of.get(row.sequence, -1) for row in plan.decode]
-        places_R = torch.tensor(places, device=self._decoder.device)
+        places_R = upload(places, torch.long, self._decoder.device)
         newest_R = flight.drawn.tokens[places_R.clamp(min=0)]
         if min(places) < 0:
             # Rows that sat out the step in flight: theirs are on the host.
             known = [self._rows[row.sequence].generated[-1] for row in plan.decode]
-            newest_R = torch.where(places_R < 0, torch.tensor(known, device=self._decoder.device), newest_R)
+            newest_R = torch.where(places_R < 0, upload(known, torch.long, self._decoder.device), newest_R)
         return newest_R
 
     def _tokens_of(self, holder: int, start: int, stop: int) -> SequenceOf[int]:
@@ -216,19 +309,27 @@ class ContinuousEngine:
 
     def _forget(self, number: int) -> None:
         row = self._rows.pop(number)
+        self._failed_alone_at.pop(number, None)
         del self._number_of[row.sequence.sequence_id]
 
+    def _count_prompts(self, plan: StepPlan) -> None:
+        """Tokens read for the first time: not those of rows that have tokens already and are read again."""
+        num_read = 0
+        for chunk in plan.prefill:
+            row = self._rows.get(chunk.holder)
+            if row is None or not row.generated:
+                num_read += chunk.num_tokens
+        self._stats = replace(self._stats, num_prompt_tokens=self._stats.num_prompt_tokens + num_read)
+
     def _count(self, plan: StepPlan | None, finished: SequenceOf[Generation]) -> None:
-        counters = self._scheduler.counters
+        counters = self.counters
         num_sampled = 0 if plan is None else len(plan.decode) + sum(chunk.samples for chunk in plan.prefill)
-        num_read = 0 if plan is None else sum(chunk.num_tokens for chunk in plan.prefill)
         before = self._stats
         self._stats = replace(
             before,
             num_steps=before.num_steps + (plan is not None),
             num_active=counters.num_running,
             num_waiting=counters.num_waiting,
-            num_prompt_tokens=before.num_prompt_tokens + num_read,
             num_completion_tokens=before.num_completion_tokens + num_sampled,
             num_preemptions=counters.num_preemptions,
             num_prefix_hits=counters.num_prefix_hits,

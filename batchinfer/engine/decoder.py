@@ -12,7 +12,7 @@ from batchinfer.engine.decoder_weights import DecoderWeights, LayerWeights
 from batchinfer.engine.kv_cache import KvCache
 from batchinfer.engine.ops import Ops
 from batchinfer.engine.rotary import rotary_tables
-from batchinfer.engine.step_tensors import StepTensors
+from batchinfer.engine.step_tensors import CopyTensors, StepTensors
 
 __all__ = ["Decoder"]
 
@@ -43,7 +43,7 @@ class Decoder:
         for the device. May be repeated for a step without copies: it writes the same again.
         """
         if step.copies is not None:
-            self._ops.copy(kv.keys_LNKD, kv.values_LNKD, step.copies.sources_M, step.copies.targets_M)
+            self.copy(step.copies, kv)
         residual_TE = self._weights.embedding_VE.index_select(0, step.tokens_T)
         if self.config.embedding_scale != 1.0:
             # Gemma rounds the factor to the model's dtype first.
@@ -65,6 +65,10 @@ class Decoder:
         logits_SV = self._weights.head(x_TE)
         cap = self.config.logit_soft_cap
         return logits_SV.div_(cap).tanh_().mul_(cap) if cap else logits_SV
+
+    def copy(self, copies: CopyTensors, kv: KvCache) -> None:
+        """The step's copies, which come before anything else of it."""
+        self._ops.copy(kv.keys_LNKD, kv.values_LNKD, copies.sources_M, copies.targets_M)
 
     def _attention(
         self, index: int, layer: LayerWeights, x_TE: torch.Tensor, step: StepTensors, kv: KvCache

@@ -17,7 +17,10 @@ Decode = Callable[[SequenceOf[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One sample of one prompt. Its tokens depend on (seed, row_id, sample, position) and on nothing else."""
+    """One sample of one prompt. Its tokens depend on (seed, row_id, sample, position) and on nothing else.
+
+    So a sequence that begins with the tokens of an earlier try ends exactly as it would have without the interruption.
+    """
 
     prompt: Prompt
     sample: int = 0
@@ -57,7 +60,10 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Running totals since the engine was made, and what it holds now."""
+    """Running totals since the engine was made, and what it holds now.
+
+    Tokens that a sequence came with, and prompts that are read again for their sake, are not counted.
+    """
 
     num_steps: int = 0
     num_active: int = 0
@@ -95,6 +101,12 @@ class Engine(Protocol):
 
     def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
         """Forget these sequences; unknown ids are ignored."""
+
+    def in_progress(self) -> list[Partial]:
+        """Sequences that have tokens and no end yet; same thread as step, between steps.
+
+        Their ends come with later steps; a sequence that ended without having been returned is not among them.
+        """
 
     def stats(self) -> EngineStats:
         """Totals for progress and metrics. May be called from any thread."""

@@ -2,10 +2,12 @@
 
 Used to run and break whole jobs in seconds. Greedy completions are a function of the prompt's tokens; sampled
 ones of (prompt, seed, row_id, sample). Token p of a completion does not depend on ``max_new_tokens``, so a
-shorter limit gives a prefix of the same tokens.
+shorter limit gives a prefix of the same tokens. A sequence that comes with tokens which are not the beginning of its
+completion is refused: a real engine could not tell that some journal gave it another sequence's.
 """
 
 import os
+import sys
 import time
 from array import array
 from collections import deque
@@ -14,7 +16,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from random import Random
 
-from batchinfer.engine.engine import EngineStats, Generation, Sequence
+from batchinfer.engine.engine import EngineStats, Generation, Partial, Sequence
 from batchinfer.engine.randomness import stream_key
 from batchinfer.errors import BatchinferError
 from batchinfer.records import FinishReason, TokenLogprobs
@@ -23,6 +25,8 @@ from batchinfer.records import FinishReason, TokenLogprobs
 _ROWS_PER_STEP = 256
 #: Seconds of simulated work in one step when a speed is set: short, so that an interrupted run ends soon.
 _STEP_S = 0.05
+#: Rows that grow side by side when a speed is set.
+_ROWS_AT_ONCE = 4
 #: Tokens are slices of one fixed random table, as slicing costs nothing per token.
 _NUM_TABLE_TOKENS = 1 << 16
 #: Exit status of a process that a fault kills.
@@ -46,6 +50,23 @@ class FakeBehaviour:
     crash_rate: float = 0.0
     poison_token_id: int | None = None
     fault_seed: int | str = 0
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sequence being generated: its whole completion, and how many of its tokens are out."""
+
+    completion: Generation
+    num_tokens: int
+
+    @property
+    def num_missing(self) -> int:
+        return len(self.completion.token_ids) - self.num_tokens
+
+    def partial(self) -> Partial:
+        whole = self.completion
+        logprobs = (whole.logprobs or ())[: self.num_tokens]
+        return Partial(whole.sequence, whole.token_ids[: self.num_tokens], logprobs)
 
 
 class FakeEngine:
@@ -75,6 +96,7 @@ class FakeEngine:
         self._table = tuple(doubled)
         self._faults = Random(self._behaviour.fault_seed)
         self._waiting: deque[Sequence] = deque()
+        self._rows: deque[_Row] = deque()
         self._stats = EngineStats()
         if self._behaviour.start_s:
             sleep(self._behaviour.start_s)
@@ -85,53 +107,83 @@ class FakeEngine:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._rows)
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         self._waiting.extend(sequences)
-        self._stats = replace(self._stats, num_waiting=len(self._waiting))
+        self._count()
 
     def step(self) -> list[Generation]:
-        """Finish the next rows. Raises FakeEngineFault, or ends the process, where the faults say so."""
-        if not self._waiting:
+        """Finish the next rows, or take them a bit further when a speed is set.
+
+        Raises FakeEngineFault, or ends the process, where the faults say so, and ValueError for a sequence that came
+        with tokens of another one.
+        """
+        if not self.num_unfinished:
             return []
         self._misbehave()
         rate = self._behaviour.tokens_per_s
-        max_tokens = None if rate is None else rate * _STEP_S
+        # Tokens of this step, and what a row gets of them in its turn.
+        max_tokens = sys.maxsize if rate is None else max(1, round(rate * _STEP_S))
+        share = max_tokens if rate is None else -(-max_tokens // _ROWS_AT_ONCE)
         finished: list[Generation] = []
         num_tokens = num_prompt_tokens = 0
-        while self._waiting and len(finished) < self._capacity and (max_tokens is None or num_tokens < max_tokens):
-            sequence = self._waiting[0]
-            if self._behaviour.poison_token_id in sequence.prompt.token_ids:
-                self._crash(CRASH_STATUS)
-            generation = self._complete(sequence)
-            self._waiting.popleft()
-            finished.append(generation)
-            num_tokens += len(generation.token_ids)
-            num_prompt_tokens += len(sequence.prompt.token_ids)
+        while self.num_unfinished and len(finished) < self._capacity and num_tokens < max_tokens:
+            while self._waiting and len(self._rows) < _ROWS_AT_ONCE:
+                num_prompt_tokens += self._begin_next()
+            row = self._rows.popleft()
+            num_more = min(row.num_missing, share, max_tokens - num_tokens)
+            num_tokens += num_more
+            row.num_tokens += num_more
+            if row.num_missing:
+                self._rows.append(row)
+            else:
+                finished.append(row.completion)
         if rate is not None:
             self._sleep(num_tokens / rate)
         self._stats = replace(
             self._stats,
             num_steps=self._stats.num_steps + 1,
-            num_waiting=len(self._waiting),
             num_prompt_tokens=self._stats.num_prompt_tokens + num_prompt_tokens,
             num_completion_tokens=self._stats.num_completion_tokens + num_tokens,
             num_finished=self._stats.num_finished + len(finished),
         )
+        self._count()
         return finished
 
     def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
         unwanted = set(sequence_ids)
         self._waiting = deque(seq for seq in self._waiting if seq.sequence_id not in unwanted)
-        self._stats = replace(self._stats, num_waiting=len(self._waiting))
+        self._rows = deque(row for row in self._rows if row.completion.sequence.sequence_id not in unwanted)
+        self._count()
+
+    def in_progress(self) -> list[Partial]:
+        begun = [row.partial() for row in self._rows if row.num_tokens]
+        return begun + [Partial(seq, seq.token_ids, seq.logprobs) for seq in self._waiting if seq.token_ids]
 
     def stats(self) -> EngineStats:
         return self._stats
 
     def close(self) -> None:
         self._waiting.clear()
-        self._stats = replace(self._stats, num_waiting=0)
+        self._rows.clear()
+        self._count()
+
+    def _count(self) -> None:
+        self._stats = replace(self._stats, num_active=len(self._rows), num_waiting=len(self._waiting))
+
+    def _begin_next(self) -> int:
+        """The first waiting sequence becomes a row; how many prompt tokens were read for the first time."""
+        sequence = self._waiting[0]
+        if self._behaviour.poison_token_id in sequence.prompt.token_ids:
+            self._crash(CRASH_STATUS)
+        completion = self._complete(sequence)
+        num_tokens = len(sequence.token_ids)
+        if sequence.token_ids != completion.token_ids[:num_tokens]:
+            raise ValueError(f"{sequence.sequence_id} came with tokens that are not the beginning of its completion")
+        self._waiting.popleft()
+        self._rows.append(_Row(completion, num_tokens))
+        return 0 if num_tokens else len(sequence.prompt.token_ids)
 
     def _misbehave(self) -> None:
         """Draw both faults in every step, so that setting one rate does not move the other's moments."""

@@ -76,8 +76,8 @@ class _Row:
 class Forecast:
     """Expected ends of running rows."""
 
-    def __init__(self, prior_output_tokens: int) -> None:
-        self._lengths = OutputLengths(prior_output_tokens)
+    def __init__(self, lengths: OutputLengths) -> None:
+        self._lengths = lengths
         self._rows: dict[int, _Row] = {}
         self._spans: dict[int, _Span] = {}
         self._ending: dict[int, set[int]] = {}

@@ -10,13 +10,13 @@ import torch
 from batchinfer.engine.decoder_config import DecoderConfig
 from batchinfer.errors import ModelError
 
-__all__ = ["KvCache", "activation_bytes", "allocate", "bytes_per_place", "free_bytes", "num_places"]
+__all__ = ["GRANULES", "KvCache", "activation_bytes", "allocate", "bytes_per_place", "free_bytes", "num_places"]
 
 #: Share of the free memory that the cache and a step's activations may take. A GPU is the replica's alone; what is
 #: left there covers the allocator's fragments and the libraries' workspaces. A host has other work to do.
 _SHARE = {"cpu": 0.4, "cuda": 0.92}
-#: The CPU's attention copies blocks of up to so many places.
-_CPU_BLOCK = 16
+#: What the capacities of extents are multiples of. The CPU's attention copies blocks of up to so many places.
+GRANULES = {"cpu": 32, "cuda": 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def num_places(
 
 
 def allocate(config: DecoderConfig, places: int, dtype: torch.dtype, device: torch.device) -> KvCache:
-    """An arena of ``places`` places, on a CPU rounded up to a multiple of 16.
+    """An arena of ``places`` places, on a CPU rounded up to a multiple of its granule.
 
     There its pages are taken from the system only as they are written. Raises ModelError when the device refuses.
     """
@@ -92,7 +92,8 @@ def allocate(config: DecoderConfig, places: int, dtype: torch.dtype, device: tor
 
 def _cpu_arena(config: DecoderConfig, places: int, dtype: torch.dtype) -> torch.Tensor:
     """[L, N, K, D] over memory in the order L, K, N, D."""
-    shape = (config.num_layers, config.num_kv_heads, -(-places // _CPU_BLOCK) * _CPU_BLOCK, config.head_dim)
+    granule = GRANULES["cpu"]
+    shape = (config.num_layers, config.num_kv_heads, -(-places // granule) * granule, config.head_dim)
     # Unlike torch's, numpy's zeros are pages the system clears when they are first touched.
     zeros = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
     return zeros.view(dtype).view(shape).transpose(1, 2)

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from batchinfer.engine import batching
 from batchinfer.engine.batching import BatchLimits, BatchShape, RowShape
-from batchinfer.engine.engine import Decode, EngineStats, Generation, Sequence
+from batchinfer.engine.engine import Decode, EngineStats, Generation, Partial, Sequence
+from batchinfer.engine.out_of_memory import MEMORY_ERRORS, does_not_fit, is_out_of_memory
 from batchinfer.engine.padded_cache import PaddedCache
 from batchinfer.engine.padded_limits import check_layers, default_limits
-from batchinfer.engine.row import Row, begin, failure
+from batchinfer.engine.row import Row, begin
 from batchinfer.engine.sampler import Sampled, Sampler
 
 #: What a completion's length is expected to be before any has ended, and how many ended ones that guess counts for.
@@ -104,7 +105,9 @@ class PaddedEngine:
                 self._prefill(joining)
             elif self._rows:
                 self._decode_step()
-        except torch.OutOfMemoryError:
+        except MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
             # Handled below: until this clause ends, the traceback keeps the failed pass's tensors alive.
             out_of_memory = True
         if out_of_memory:
@@ -127,6 +130,9 @@ class PaddedEngine:
         self._ended = [end for end in self._ended if end.sequence.sequence_id not in unwanted]
         self._remove([index for index, row in enumerate(self._rows) if row.sequence.sequence_id in unwanted])
         self._count()
+
+    def in_progress(self) -> list[Partial]:
+        return [row.partial() for row in (*self._rows, *self._waiting) if row.generated]
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -298,8 +304,7 @@ class PaddedEngine:
             only = attempted[0]
             running = []
             self._waiting = [row for row in self._waiting if row is not only]
-            cause = f"{only.length} tokens do not fit the device's memory even alone; lower max_model_len"
-            self._ended.append(failure(only.sequence, "out_of_memory", cause))
+            self._ended.append(does_not_fit(only))
         elif len(attempted) == 1:
             attempted[0].has_failed_alone = True
         elif attempted:

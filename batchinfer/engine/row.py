@@ -1,8 +1,9 @@
 """One sequence in an engine: what it was asked for, how far it has come, when it ends."""
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from batchinfer.engine.engine import Decode, Generation, Sequence
+from batchinfer.engine.engine import Decode, Generation, Partial, Sequence
 from batchinfer.engine.randomness import stream_key
 from batchinfer.engine.sampler import Sampled, SamplerRow
 from batchinfer.engine.stopping import StopMatcher
@@ -60,6 +61,21 @@ class Row:
             return "stop"
         return "length" if len(self.generated) >= self.max_new_tokens else None
 
+    def go_on_behind(self, token_ids: SequenceOf[int], logprobs: SequenceOf[TokenLogprobs]) -> Generation | None:
+        """Take the tokens of an earlier try as if they had been sampled here; the row's end, if one of them is that."""
+        for index, token_id in enumerate(token_ids):
+            self.generated.append(token_id)
+            if self.logprobs is not None:
+                self.logprobs.append(logprobs[index])
+            reason = self.finish_reason()
+            if reason is not None:
+                return self.generation(reason)
+        return None
+
+    def partial(self) -> Partial:
+        """How far the row has come."""
+        return Partial(self.sequence, tuple(self.generated), tuple(self.logprobs or ()))
+
     def generation(self, reason: FinishReason) -> Generation:
         """The row's end."""
         logprobs = None if self.logprobs is None else tuple(self.logprobs)
@@ -75,9 +91,11 @@ def begin(
     max_model_len: int,
     decode: Decode | None,
 ) -> Row | Generation:
-    """A row for a sequence that was just submitted, or its end where it cannot be generated.
+    """A row for a sequence that was just submitted, or its end: it cannot be generated, or its tokens are one already.
 
-    ``decode`` is needed by stop strings: without it they raise ValueError, for the engine was made wrongly.
+    Tokens it came with that cannot be its own (ids outside the vocabulary, log-probabilities of other tokens) are
+    dropped, and the row starts over: that gives the right ones, only later. ``decode`` is needed by stop strings:
+    without it they raise ValueError, for the engine was made wrongly.
     """
     prompt, params = sequence.prompt, sequence.prompt.sampling
     num_prompt_tokens = len(prompt.token_ids)
@@ -95,7 +113,7 @@ def begin(
         if decode is None:
             raise ValueError(f"{prompt.row_id} has stop strings, but the engine was made without decode")
         matcher = StopMatcher(params.stop, decode, params.min_new_tokens)
-    return Row(
+    row = Row(
         sequence=sequence,
         arrival=arrival,
         key=stream_key(params.seed, prompt.row_id, sequence.sample),
@@ -103,6 +121,21 @@ def begin(
         max_new_tokens=min(params.max_new_tokens, max_model_len - num_prompt_tokens),
         matcher=matcher,
         logprobs=None if params.logprobs is None else [],
+    )
+    if not _are_tokens_of(sequence, vocab_size):
+        return row
+    return row.go_on_behind(sequence.token_ids, sequence.logprobs) or row
+
+
+def _are_tokens_of(sequence: Sequence, vocab_size: int) -> bool:
+    """Whether the tokens that the sequence came with can be its own."""
+    token_ids = sequence.token_ids
+    if not token_ids:
+        return False
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        return False
+    return sequence.prompt.sampling.logprobs is None or token_ids == tuple(
+        scored.token_id for scored in sequence.logprobs
     )
 
 

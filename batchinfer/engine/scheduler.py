@@ -20,12 +20,13 @@ is admitted.
 
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import chain
 from operator import attrgetter
 
 from batchinfer.engine.arena import Arena, Holder
-from batchinfer.engine.forecast import Forecast
+from batchinfer.engine.forecast import Forecast, OutputLengths
 from batchinfer.engine.holders import NO_EXTENT, Phase, Prefix, Row
 from batchinfer.engine.prefixes import PrefixIndex
 from batchinfer.engine.scheduler_limits import Counters, Limits
@@ -39,17 +40,16 @@ class Scheduler:
     """Sequences go in by number, step plans come out.
 
     ``holders`` gives numbers to shared prefixes; the engine takes its sequences' numbers from the same iterator,
-    so that no two holders are called alike.
+    so that no two holders are called alike. ``lengths`` are what outputs were like so far; without them the limits'
+    prior is all that is known.
     """
 
-    def __init__(self, limits: Limits, holders: Iterator[int]) -> None:
+    def __init__(self, limits: Limits, holders: Iterator[int], lengths: OutputLengths | None = None) -> None:
         self.limits = limits
-        self._max_rows = limits.max_rows
-        self._max_step_tokens = limits.max_step_tokens
         self._arena = Arena(limits.num_places, limits.granule)
         index = PrefixIndex(limits.prefix_block, limits.min_prefix_tokens, limits.min_prefix_rows)
         self._prefixes = SharedPrefixes(index, self._arena, holders)
-        self._forecast = Forecast(limits.prior_output_tokens)
+        self._forecast = Forecast(lengths or OutputLengths(limits.prior_output_tokens))
         self._reserved = int(limits.reserve * self._arena.num_places)
         self._rows: dict[int, Row] = {}
         self._line: list[tuple[tuple[int, int, int], Row]] = []
@@ -89,33 +89,49 @@ class Scheduler:
     def _members(self) -> dict[Phase, dict[int, Row]]:
         return {Phase.PREFILL: self._prefill, Phase.DECODE: self._decode, Phase.COMPLETE: self._complete}
 
-    def add(self, sequence: int, prompt: SequenceOf[int], max_new_tokens: int, family: Hashable) -> int:
-        """A sequence waits. Rows of one ``family`` have the same prompt. The prompt must not change afterwards.
-
-        Returns how many tokens it can be given: ``max_new_tokens``, or less where its KV would outgrow the
-        arena even if it had it alone; after so many it is not planned any more. Raises ValueError if the prompt and
-        one more token do not fit, for an empty prompt, and for a number that is in use.
+    def fitting(self, num_prompt_tokens: int, max_new_tokens: int) -> int:
+        """How many tokens such a sequence can be given: ``max_new_tokens``, or less where its KV would outgrow the
+        arena even if it had it alone. Raises ValueError if the prompt and one more token do not fit.
         """
         num_places = self._arena.num_places
+        if num_prompt_tokens + 1 > num_places:
+            raise ValueError(
+                f"a prompt of {num_prompt_tokens} tokens and one new token need {num_prompt_tokens + 1} places, but "
+                f"the KV cache has {num_places}; give it more memory or shorten the prompt"
+            )
+        # The last token a sequence may have needs no place: nothing is read after it.
+        return min(max_new_tokens, num_places + 1 - num_prompt_tokens)
+
+    def add(
+        self,
+        sequence: int,
+        prompt: SequenceOf[int],
+        max_new_tokens: int,
+        family: Hashable,
+        num_generated: int = 0,
+    ) -> int:
+        """A sequence waits. Rows of one ``family`` have the same prompt. The prompt must not change afterwards.
+
+        ``num_generated`` tokens of the ``max_new_tokens`` it has already: they are read with its prompt. Returns what
+        it can be given (see :meth:`fitting`); after so many it is not planned any more. Raises ValueError where
+        ``fitting`` does, for an empty prompt, for a sequence that has all its tokens, and for a number in use.
+        """
         if not prompt or max_new_tokens < 1:
             raise ValueError(
                 f"sequence {sequence}: {len(prompt)} prompt tokens and {max_new_tokens} new ones asked for"
             )
-        if len(prompt) + 1 > num_places:
-            raise ValueError(
-                f"a prompt of {len(prompt)} tokens and one new token need {len(prompt) + 1} places, but the KV cache "
-                f"has {num_places}; give it more memory or shorten the prompt"
-            )
+        fitting = self.fitting(len(prompt), max_new_tokens)
+        if num_generated >= fitting:
+            raise ValueError(f"sequence {sequence} has {num_generated} tokens of the {fitting} it can have")
         if sequence in self._rows:
             raise ValueError(f"sequence {sequence} was added already")
-        # The last token a sequence may have needs no place: nothing is read after it.
-        max_tokens = min(len(prompt) + max_new_tokens, num_places + 1)
-        turn = (self._num_arrivals // self.limits.max_waiting_scan, -len(prompt), self._num_arrivals)
+        num_tokens = len(prompt) + num_generated
+        turn = (self._num_arrivals // self.limits.max_waiting_scan, -num_tokens, self._num_arrivals)
         self._num_arrivals += 1
-        row = Row(sequence, prompt, family, len(prompt), max_tokens, turn)
+        row = Row(sequence, prompt, family, num_tokens, len(prompt) + fitting, turn)
         self._rows[sequence] = row
         self._wait(row)
-        return max_tokens - len(prompt)
+        return fitting
 
     def finish(self, sequence: int) -> None:
         """It stopped. Its places may be used by the next plan. Raises KeyError for an unknown sequence."""
@@ -133,14 +149,9 @@ class Scheduler:
         row.phase = Phase.GONE
         self._prefixes.drop_unwanted()
 
-    def shrink(self) -> None:
-        """The device ran out of memory: from the next plan on half as many rows and tokens a step.
-
-        The plan that failed counts as done. The engine must still carry it out, in parts: rows and chunks of a plan
-        do not depend on each other once the copies are made.
-        """
-        self._max_rows = max(1, self._max_rows // 2)
-        self._max_step_tokens = max(1, self._max_step_tokens // 2)
+    def allow(self, max_rows: int, max_step_tokens: int) -> None:
+        """From the next plan on so many rows and tokens a step; not fewer than before, as rows may be running."""
+        self.limits = replace(self.limits, max_rows=max_rows, max_step_tokens=max_step_tokens)
 
     def holder_tokens(self, holder: int) -> tuple[int, int]:
         """(sequence, length): the holder's tokens are the first ``length`` of this sequence, which is in hand.
@@ -160,10 +171,8 @@ class Scheduler:
         preempted = self._grow()
         decoding = [row for row in self._decode.values() if row.num_tokens <= row.room]
         num_short = len(self._decode) - len(decoding)
-        if len(decoding) > min(self._max_rows, self._max_step_tokens):
-            decoding = sorted(decoding, key=_rank)[: min(self._max_rows, self._max_step_tokens)]
         prefilling: list[Holder] = [*self._prefixes.in_prefill, *sorted(self._prefill.values(), key=_rank)]
-        budget = self._max_step_tokens - len(decoding)
+        budget = self.limits.max_step_tokens - len(decoding)
         # Nobody joins while a row is short of places; and a preempted one is prefilled in a later plan.
         if not preempted and num_short == 0:
             prefilling += self._admit(budget - sum(holder.num_unread for holder in prefilling))
@@ -289,7 +298,7 @@ class Scheduler:
         """
         started: list[Holder] = []
         passed_over: list[Row] = []
-        while budget > 0 and self._line and self._num_running < self._max_rows:
+        while budget > 0 and self._line and self._num_running < self.limits.max_rows:
             row = heappop(self._line)[1]
             if row.phase is not Phase.WAITING:
                 continue

@@ -1,6 +1,6 @@
 """What the scheduler is allowed, and what it counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +53,15 @@ class Counters:
     num_growths: int
     num_copied_places: int
     num_chunked_prefills: int
+
+    def after(self, earlier: "Counters") -> "Counters":
+        """The running totals with those of an earlier scheduler, whose sequences this one took over."""
+        return replace(
+            self,
+            num_preemptions=self.num_preemptions + earlier.num_preemptions,
+            num_prefixes=self.num_prefixes + earlier.num_prefixes,
+            num_prefix_hits=self.num_prefix_hits + earlier.num_prefix_hits,
+            num_growths=self.num_growths + earlier.num_growths,
+            num_copied_places=self.num_copied_places + earlier.num_copied_places,
+            num_chunked_prefills=self.num_chunked_prefills + earlier.num_chunked_prefills,
+        )

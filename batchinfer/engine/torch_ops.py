@@ -1,5 +1,7 @@
 """The six functions of ``Ops`` in plain torch: the fast path on a CPU, the twin of the kernels everywhere."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
@@ -9,9 +11,10 @@ from batchinfer.engine.step_tensors import ChunkTensors, DecodeTensors
 
 
 class TorchOps:
-    """``Ops`` on any device. Keeps the attention layouts of the last step's rows and chunks, which all layers share."""
+    """``Ops`` on any device. Keeps what all layers of a step share: its attention layouts and its angles."""
 
     def __init__(self) -> None:
+        self._turns: _Turns | None = None
         self._rows: DecodeTensors | None = None
         self._chunks: ChunkTensors | None = None
         self._row_layouts: dict[int, DecodeLayout] = {}
@@ -54,12 +57,22 @@ class TorchOps:
                 (_rms_norm(qk[:, :num_heads], q_norm_D, eps, 0.0), _rms_norm(qk[:, num_heads:], k_norm_D, eps, 0.0)), 1
             )
         if rotary:
-            cos = cos_PD2.index_select(0, positions_T)[:, None]
-            sin = sin_PD2.index_select(0, positions_T)[:, None]
-            qk = _rotate(qk, cos, sin)
+            qk = _rotate(qk, *self._turns_of(positions_T, cos_PD2, sin_PD2))
         keys_NKD.index_copy_(0, places_T, qk[:, num_heads:])
         values_NKD.index_copy_(0, places_T, heads[:, num_heads + num_kv :])
         return qk[:, :num_heads]
+
+    def _turns_of(
+        self, positions_T: torch.Tensor, cos_PD2: torch.Tensor, sin_PD2: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        turns = self._turns
+        if turns is None or turns.positions_T is not positions_T or turns.cos_PD2 is not cos_PD2:
+            cos_T1D2 = cos_PD2.index_select(0, positions_T)[:, None]
+            sin_T1D2 = sin_PD2.index_select(0, positions_T)[:, None]
+            turns = self._turns = _Turns(
+                positions_T, cos_PD2, torch.cat((cos_T1D2, cos_T1D2), -1), torch.cat((-sin_T1D2, sin_T1D2), -1)
+            )
+        return turns.cos_T1D, turns.sin_T1D
 
     def decode_attention(
         self,
@@ -124,12 +137,19 @@ def _rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float, unit_offse
     return wide.to(x_TE.dtype).mul_(weight_E)
 
 
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """Cosines and signed sines of a step's tokens, for both halves of a head, and what they were taken from."""
+
+    positions_T: torch.Tensor
+    cos_PD2: torch.Tensor
+    cos_T1D: torch.Tensor
+    sin_T1D: torch.Tensor
+
+
 def _rotate(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    half = cos_T1D.shape[-1]
-    wide = x_THD.float()
-    left, right = wide[..., :half], wide[..., half : 2 * half]
-    turned = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
-    turned[..., :half] = torch.addcmul(left * cos_T1D, right, sin_T1D, value=-1)
-    turned[..., half : 2 * half] = torch.addcmul(right * cos_T1D, left, sin_T1D)
-    turned[..., 2 * half :] = wide[..., 2 * half :]
-    return turned
+    num_columns = cos_T1D.shape[-1]
+    wide = x_THD[..., :num_columns].float()
+    left, right = wide.chunk(2, -1)
+    turned = torch.addcmul(wide * cos_T1D, torch.cat((right, left), -1), sin_T1D).to(x_THD.dtype)
+    return turned if num_columns == x_THD.shape[-1] else torch.cat((turned, x_THD[..., num_columns:]), -1)

@@ -24,6 +24,8 @@ class Job:
     max_new_tokens: int = 8
     stop_after: int = 8
     family: Hashable = None
+    #: Tokens that an earlier try has generated.
+    num_generated: int = 0
 
 
 @dataclass
@@ -68,8 +70,12 @@ class ArenaModel:
         for job in jobs:
             sequence = next(self.numbers)
             family = ("row", sequence) if job.family is None else job.family
-            token_limit = self.scheduler.add(sequence, job.prompt, job.max_new_tokens, family)
-            track = Track(job, token_limit, len(self.tracks), list(job.prompt))
+            # As many as an arena of this size could have given it.
+            fitting = self.scheduler.fitting(len(job.prompt), job.max_new_tokens)
+            num_generated = min(job.num_generated, fitting - 1)
+            token_limit = self.scheduler.add(sequence, job.prompt, job.max_new_tokens, family, num_generated)
+            tokens = [*job.prompt, *([_generated(sequence)] * num_generated)]
+            track = Track(job, token_limit, len(self.tracks), tokens, num_sampled=num_generated)
             self._extend(track)
             self.tracks[sequence] = self.live[sequence] = track
             sequences.append(sequence)
@@ -116,8 +122,7 @@ class ArenaModel:
 
     def _sample(self, sequence: int) -> None:
         track = self.tracks[sequence]
-        token = 1_000_000 + sequence
-        track.tokens.append(token)
+        track.tokens.append(_generated(sequence))
         self._extend(track)
         track.num_sampled += 1
         if track.num_sampled == track.stops_at:
@@ -193,8 +198,16 @@ class ArenaModel:
                 self._sample(chunk.holder)
 
 
+def _generated(sequence: int) -> int:
+    """The token that a sequence generates over and over: no prompt's and no other sequence's."""
+    return 1_000_000 + sequence
+
+
 def random_jobs(dice: Random, num_jobs: int, *, max_prompt: int, max_new: int, shared: int = 0) -> list[Job]:
-    """Ragged prompts, some from templates of up to ``shared`` tokens, some in families of up to four samples."""
+    """Ragged prompts, some from templates of up to ``shared`` tokens, some in families of up to four samples.
+
+    Every fifth or so begins with tokens of an earlier try.
+    """
     templates = [tuple(dice.randrange(50) for _ in range(dice.randint(1, shared))) for _ in range(3)] if shared else []
     jobs: list[Job] = []
     while len(jobs) < num_jobs:
@@ -204,5 +217,7 @@ def random_jobs(dice: Random, num_jobs: int, *, max_prompt: int, max_new: int, s
         for _ in range(min(num_samples, num_jobs - len(jobs))):
             limit = dice.randint(1, max_new)
             family = ("family", len(jobs) // 4, prompt) if num_samples > 1 else None
-            jobs.append(Job(prompt, limit, min(limit, 1 + int(dice.expovariate(3 / max_new))), family))
+            stop_after = min(limit, 1 + int(dice.expovariate(3 / max_new)))
+            num_generated = dice.randrange(stop_after) if dice.random() < 0.2 else 0
+            jobs.append(Job(prompt, limit, stop_after, family, num_generated))
     return jobs

@@ -16,6 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from batchinfer.engine.kernel_shapes import DeviceLimits
+from batchinfer.engine.kernels_sampling import nucleus_thresholds
 from batchinfer.engine.triton_ops import TritonOps
 from tests.unit.engine.kernel_checks import SHARED_BYTES, Bench, Heads, Row, arena, decode_rows, prefill_chunks
 
@@ -85,6 +86,8 @@ def run_all(bench: Bench, heads: Heads, num_rows: int, length: int, num_chunks: 
             rotary,
         )
     ops.copy(where.keys[None], where.values[None], positions, positions)
+    weights = torch.zeros(num_rows, 1000, dtype=torch.float64)
+    nucleus_thresholds(weights, weights[:, 0], weights[:, 0] > 0, weights[:, 0])
 
 
 def main(capability: int) -> None:

@@ -73,7 +73,7 @@ def tensors(decode: list[DecodeRow], prefill: list[PrefillChunk]) -> StepTensors
 @st.composite
 def holders(draw: st.DrawFn) -> list[Holder]:
     """Sequences one behind the other behind two prefixes, at aligned and at odd places."""
-    granule = draw(st.sampled_from([16, 4, 1]))
+    granule = draw(st.sampled_from([32, 16, 4, 1]))
     prefixes = [(0, 0), (0, draw(st.integers(1, 40))), (48, draw(st.integers(1, 40)))]
     offset = 96 + draw(st.integers(0, 3)) * granule
     made = []
@@ -156,21 +156,22 @@ def test_aligned_extents_are_gathered_in_blocks_and_others_place_by_place() -> N
         assert decode is not None
         return attention.decode_layout(decode, arena, window).block
 
+    assert block(keys, 32, 64, 96) == 32
     assert block(keys, 16, 48, 96) == 16
     assert block(keys, 16, 48, 92) == 4
     assert block(keys, 16, 48, 91) == 1
-    assert block(keys, 16, 48, window=5) == 16
+    assert block(keys, 32, 64, window=5) == 32
     assert block(together, 16, 48) == 1
 
 
 def test_a_row_at_the_arenas_end_reads_nothing_behind_it() -> None:
     """Beside a longer row it is padded, with its own last block."""
     keys, values = arenas(2, heads_apart=True)
-    ends = [Holder(NUM_PLACES - 16, 16), Holder(0, 31)]
+    ends = [Holder(NUM_PLACES - 32, 32), Holder(0, 63)]
     decode = tensors([DecodeRow(i, h.length - 1, h.offset) for i, h in enumerate(ends)], []).decode
     assert decode is not None
     (batch,) = attention.decode_layout(decode, keys, 0).groups[0].batches
-    assert batch.blocks_Z.tolist() == [0, 1, 63, 63, 64, 65, 127, 127]
+    assert batch.blocks_Z.tolist() == [0, 1, 31, 31, 32, 33, 63, 63]
     q_RHD = torch.randn(2, 2, HEAD_DIM)
     out = TorchOps().decode_attention(q_RHD, keys, values, decode, SCALE, 0.0, 0)
     for index, holder in enumerate(ends):
@@ -187,21 +188,25 @@ def test_a_window_leaves_hidden_places_out_of_the_gather() -> None:
     assert attention.decode_layout(decode, keys, 0).groups[0].batches[0].length == 512
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=300), st.sampled_from([0, 512]))
-def test_batches_take_every_row_once_and_never_cut_it(lengths: list[int], num_shared: int) -> None:
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=300), st.sampled_from([0, 512]), st.sampled_from([64, 2048]))
+def test_batches_take_every_row_once_and_never_cut_it(lengths: list[int], num_shared: int, place_bytes: int) -> None:
     lengths.sort(reverse=True)
     first = 0
-    for num_rows, padded in attention.batch_sizes(lengths, num_shared):
+    for num_rows, padded in attention.batch_sizes(lengths, num_shared, place_bytes):
         assert padded >= lengths[first]
-        assert padded - lengths[first] < 16
-        assert num_rows == 1 or num_rows * padded <= 4096
+        assert padded - lengths[first] < 32
+        assert num_rows == 1 or num_rows * padded * place_bytes <= 3 << 19
         first += num_rows
     assert first == len(lengths)
 
 
 def test_rows_of_one_length_share_a_batch() -> None:
-    assert attention.batch_sizes([60] * 64) == [(64, 64)]
-    assert attention.batch_sizes([400, 20, 20]) == [(1, 400), (2, 32)]
+    assert attention.batch_sizes([60] * 64, 0, 384) == [(64, 64)]
+    assert attention.batch_sizes([1000, 20, 20], 0, 384) == [(1, 1024), (2, 32)]
+    # Keys of twice as many bytes are worth another batch sooner, and fill one with fewer rows.
+    assert attention.batch_sizes([320, 20, 20], 0, 384) == [(3, 320)]
+    assert attention.batch_sizes([320, 20, 20], 0, 768) == [(1, 320), (2, 32)]
+    assert attention.batch_sizes([60] * 64, 0, 768) == [(32, 64), (32, 64)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -29,7 +29,7 @@ def test_a_row_that_outlives_most_is_expected_to_be_one_of_the_longer_ones() -> 
 
 def test_rows_that_end_at_different_times_do_not_peak_together() -> None:
     """Both known to end soon by their limits: 100 + 10 places at the first end, 50 + 90 at the second."""
-    forecast = Forecast(10_000)
+    forecast = Forecast(OutputLengths(10_000))
     forecast.add(1, 0, num_places=100, num_generated=0, max_remaining=1)
     forecast.add(2, 0, num_places=50, num_generated=0, max_remaining=90)
     assert forecast.peak() == 152
@@ -40,13 +40,13 @@ def test_rows_that_end_at_different_times_do_not_peak_together() -> None:
 
 
 def test_no_row_is_expected_beyond_its_limit() -> None:
-    forecast = Forecast(10_000)
+    forecast = Forecast(OutputLengths(10_000))
     forecast.add(1, 5, num_places=30, num_generated=4, max_remaining=20)
     assert forecast.peak() == 50
 
 
 def test_a_row_that_is_late_is_expected_later() -> None:
-    forecast = Forecast(4)
+    forecast = Forecast(OutputLengths(4))
     forecast.add(1, 0, num_places=10, num_generated=0, max_remaining=1000)
     before = forecast.peak()
     for step in range(1, 200):
@@ -59,7 +59,7 @@ def test_a_row_that_is_late_is_expected_later() -> None:
 def test_the_peak_is_that_of_the_expected_ends(seed: int, num_removed: int, num_rows: int) -> None:
     """Ends are known here (limits below the prior); spans of 16 steps may blur each row by so much."""
     dice = Random(seed)
-    forecast = Forecast(10**9)
+    forecast = Forecast(OutputLengths(10**9))
     rows = {}
     for sequence in range(num_rows):
         rows[sequence] = (dice.randint(1, 100), dice.randint(1, 300))

@@ -35,7 +35,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from transformers import Exaone4Config, Gemma2Config, LlamaConfig, PreTrainedConfig
 
-from batchinfer.engine import kernels_attention, kernels_elementwise
+from batchinfer.engine import kernels_attention, kernels_elementwise, kernels_sampling
 from batchinfer.engine.decoder import Decoder
 from batchinfer.engine.decoder_config import decoder_config
 from batchinfer.engine.decoder_weights import random_weights
@@ -81,7 +81,10 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: P
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert {name for name, _ in found["compiled"]} == {
-        name for module in (kernels_attention, kernels_elementwise) for name in vars(module) if name.endswith("_kernel")
+        name
+        for module in (kernels_attention, kernels_elementwise, kernels_sampling)
+        for name in vars(module)
+        if name.endswith("_kernel")
     }
     assert max(shared for _, shared in found["compiled"]) <= SHARED_BYTES[capability]
     assert found["again"] == []

@@ -18,8 +18,11 @@ DRAWN = SamplingParams(max_new_tokens=24, temperature=0.9, seed=5, n=2, logprobs
 Fits = Callable[[int, int, int], bool]
 
 
-def starve(model: Any, fits: Fits) -> list[tuple[int, int, int]]:
-    """Make the model's forward raise as a full GPU would; returns the list of shapes it has seen."""
+def starve(model: Any, fits: Fits, cpu_text: str = "") -> list[tuple[int, int, int]]:
+    """Make the model's forward raise as a full GPU would, or with ``cpu_text`` as a full host.
+
+    Returns the list of shapes it has seen.
+    """
     real = model.forward
     seen: list[tuple[int, int, int]] = []
 
@@ -29,7 +32,7 @@ def starve(model: Any, fits: Fits) -> list[tuple[int, int, int]]:
         shape = (*input_ids.shape, attention_mask.shape[1])
         seen.append(shape)
         if not fits(*shape):
-            raise torch.OutOfMemoryError(f"no room for {shape}")
+            raise RuntimeError(cpu_text) if cpu_text else torch.OutOfMemoryError(f"no room for {shape}")
         return real(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -68,6 +71,14 @@ def test_results_are_the_same_when_memory_is_short(name: str, fits: Fits, params
     assert engine.limits.max_tokens < padded(model).limits.max_tokens
     if name != "prefill":
         assert engine.stats().num_preemptions > 0
+
+
+def test_a_cpu_without_memory_is_a_lack_of_memory_too() -> None:
+    submitted = sequences(ragged_prompts(6, seed=1), GREEDY)
+    undisturbed = {key: end.token_ids for key, end in drain(padded(tiny_model("llama")), submitted).items()}
+    model = tiny_model("llama")
+    starve(model, lambda rows, columns, kv: rows <= 2, "DefaultCPUAllocator: can't allocate memory: you tried to")
+    assert {key: end.token_ids for key, end in drain(padded(model), submitted).items()} == undisturbed
 
 
 def test_after_running_out_the_batch_is_halved_and_not_single_file() -> None:
