@@ -7,15 +7,17 @@ from typing import Literal
 import pyarrow.parquet as pq
 
 from batchinfer.errors import OutputError
-from batchinfer.records import WorkUnit
-from batchinfer.storage.events import Event, read_events
+from batchinfer.report.run_history import RunHistory, fold
+from batchinfer.storage.dead_letters import look_at_dead_letters
+from batchinfer.storage.events import read_events
 from batchinfer.storage.filesystem import StorageOptions, locate
 from batchinfer.storage.layout import (
     COMPLETIONS,
+    ERRORS,
     committed_units,
     completions_part,
-    count_dead_letters,
     parse_unit_id,
+    parts,
     read_job,
     read_plan,
 )
@@ -85,14 +87,19 @@ def read_status(output_path: str, storage_options: StorageOptions | None = None)
     Raises OutputError when there is no job, StorageUnavailable when the storage does not answer.
     """
     output = locate(output_path, storage_options)
+    return status_of(output, fold(read_events(output)))
+
+
+def status_of(output: Location, history: RunHistory) -> Status:
+    """As :func:`read_status`, for events that have been read."""
     holder = _holder(output)
     job, plan = read_job(output), read_plan(output)
     if job is None or plan is None:
         loading = f"run {holder.run_id} on {holder.host} is still loading its first replica" if holder else "check it"
         raise OutputError(f"{output}: no batchinfer job there; {loading}")
-    committed = committed_units(output)
+    committed = parts(output, COMPLETIONS)
     done = [unit for unit in plan.units if unit.unit_id in committed]
-    num_dead_letters = count_dead_letters(output, committed)
+    num_dead_letters = look_at_dead_letters(output, committed, parts(output, ERRORS)).total
     state: State = "complete"
     if holder is not None:
         state = "running"
@@ -113,14 +120,14 @@ def read_status(output_path: str, storage_options: StorageOptions | None = None)
         num_rows_committed=sum(unit.num_rows for unit in done),
         num_dead_letters=num_dead_letters,
         holder=holder,
-        last_run=_last_run(output),
+        last_run=_last_run(history),
     )
 
 
 def read_rows(
     output_path: str, storage_options: StorageOptions | None = None, num_rows: int = 3
 ) -> list[dict[str, object]]:
-    """The first rows of the completions, shard by shard; fewer when there are fewer.
+    """The first rows of the completions in the plan's order: by shard path, then by row; fewer when there are fewer.
 
     Raises OutputError when nothing is committed.
     """
@@ -128,17 +135,16 @@ def read_rows(
     units = [unit for unit_id in committed_units(output) if (unit := parse_unit_id(unit_id)) is not None]
     if not units:
         raise OutputError(f"{output}: nothing is committed in {COMPLETIONS}/")
+    plan = read_plan(output)
+    shards = (*plan.shards, *plan.retired) if plan is not None else ()
+    places = {shard.shard_id: place for place, shard in enumerate(shards)}
     rows: list[dict[str, object]] = []
-    for unit in sorted(units, key=_place):
+    for unit in sorted(units, key=lambda it: (places.get(it.shard_id, len(places)), it.shard_id, it.first_row)):
         with completions_part(output, unit.unit_id).open_random() as file:
             rows += pq.read_table(file).slice(0, num_rows - len(rows)).to_pylist()
         if len(rows) >= num_rows:
             break
     return rows
-
-
-def _place(unit: WorkUnit) -> tuple[str, int]:
-    return (unit.shard_id, unit.first_row)
 
 
 def _holder(output: Location) -> Holder | None:
@@ -149,28 +155,17 @@ def _holder(output: Location) -> Holder | None:
     return Holder(record.run_id, process.host, process.pid, record.started_at, record.heartbeat_at)
 
 
-def _last_run(output: Location) -> LastRun | None:
-    run: list[Event] = []
-    for event in read_events(output):
-        if event["event"] == "run_started":
-            run = []
-        run.append(event)
-    if not run:
+def _last_run(history: RunHistory) -> LastRun | None:
+    if not history.runs:
         return None
-    commits = [event for event in run if event["event"] == "unit_committed"]
-    kinds = [event["event"] for event in run]
+    run = history.runs[-1]
     return LastRun(
-        run_id=str(run[0].get("run", "")),
-        started_at=str(run[0]["at"]),
-        last_event_at=str(run[-1]["at"]),
-        last_event=str(run[-1]["event"]),
-        num_units_committed=len(commits),
-        num_completion_tokens=sum(_integer(event, "num_completion_tokens") for event in commits),
-        num_replicas_died=kinds.count("replica_died"),
-        num_unit_failures=kinds.count("unit_failed"),
+        run_id=run.run_id,
+        started_at=run.started_at,
+        last_event_at=run.last_event_at,
+        last_event=run.last_event,
+        num_units_committed=run.num_units,
+        num_completion_tokens=run.num_completion_tokens,
+        num_replicas_died=run.num_replicas_died,
+        num_unit_failures=run.num_unit_failures,
     )
-
-
-def _integer(event: Event, field: str) -> int:
-    value = event.get(field)
-    return value if isinstance(value, int) else 0

@@ -137,3 +137,15 @@ def test_rows_of_an_output_without_any_are_refused(tmp_path: Path) -> None:
     output = locate(str(tmp_path / "out"))
     with pytest.raises(OutputError, match="nothing is committed in completions/"):
         read_rows(str(output))
+
+
+def test_first_rows_come_in_the_order_of_shard_paths(tmp_path: Path) -> None:
+    for index in range(6):
+        write_shard(tmp_path / "in" / f"{index}.parquet", 3, first=10 * index)
+    plan = planned(tmp_path / "in")
+    output = locate(str(tmp_path / "out"))
+    begin_job(output, plan)
+    for unit in plan.units:
+        publish(output, plan, unit)
+    ids = [row["id"] for row in read_rows(str(tmp_path / "out"), num_rows=18)]
+    assert ids == [10 * index + row for index in range(6) for row in range(3)]
