@@ -11,6 +11,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_MODEL := .cache/demo-model
+PROPERTY_TESTS = $(shell grep -rl --include='test_*.py' '^from hypothesis' tests)
 
 .PHONY: demo test lint bench torture clean help
 
@@ -61,8 +62,10 @@ lint: .venv/.dev ## ruff check, ruff format --check, mypy
 bench: .venv/.dev ## print the tables of tests/bench (about 15 minutes on 2 cores)
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
-torture: .venv/.dev ## the long tests: kills at many moments, large volumes
+torture: .venv/.dev ## 330 kills with their table (half an hour), then every long test and the search for new examples
+	@$(BIN)/python tests/faults/torture.py
 	@$(BIN)/python -m pytest -m slow --timeout 1800
+	@HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest $(PROPERTY_TESTS) --timeout 1800
 
 clean: ## remove .venv, caches and demo output
 	@rm -rf .venv .cache out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,14 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchinfer.audit import verify
+    from batchinfer.audit import verify, verify_deep
     from batchinfer.cluster.driver import run
     from batchinfer.cluster.result import JobResult
+    from batchinfer.cluster.retry import retry_failed
     from batchinfer.errors import BatchinferError
     from batchinfer.job_file import load_job
     from batchinfer.spec import JobSpec
 
-__all__ = ["BatchinferError", "JobResult", "JobSpec", "load_job", "run", "verify"]
+__all__ = ["BatchinferError", "JobResult", "JobSpec", "load_job", "retry_failed", "run", "verify", "verify_deep"]
 
 __version__ = "0.1.0"
 
@@ -27,8 +28,10 @@ _HOMES = {
     "JobResult": "batchinfer.cluster.result",
     "JobSpec": "batchinfer.spec",
     "load_job": "batchinfer.job_file",
+    "retry_failed": "batchinfer.cluster.retry",
     "run": "batchinfer.cluster.driver",
     "verify": "batchinfer.audit",
+    "verify_deep": "batchinfer.audit",
 }
 
 

@@ -3,21 +3,26 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from batchinfer.audit import VerifyReport
+from batchinfer.audit import Finding, Remark, VerifyReport
 from batchinfer.cluster.prepare import Preparation
 from batchinfer.cluster.result import JobResult
 from batchinfer.records import COMPLETION, FINISH_REASON, ROW_ID
 from batchinfer.redact import redact
 from batchinfer.report import Status
-from batchinfer.telemetry import duration
+from batchinfer.telemetry import duration, shown
 
 _MAX_NAMED = 10
 _MAX_PROMPT_CHARACTERS = 200
 _MAX_COMPLETION_CHARACTERS = 600
+
+
+def escape(text: str) -> str:
+    """Text from outside for the console: neither rich's markup nor a terminal's commands."""
+    return markup.escape("\n".join(map(shown, text.split("\n"))))
 
 
 def print_result(result: JobResult) -> None:
@@ -38,10 +43,12 @@ def print_result(result: JobResult) -> None:
     if result.num_dead_letters:
         by_type = ", ".join(f"{name} {count:,}" for name, count in sorted(result.dead_letters_by_type.items()))
         table.add_row("dead letters", f"{result.num_dead_letters:,}{f' ({by_type})' if by_type else ''}")
-    rate = result.num_completion_tokens / result.generation_s if result.generation_s > 0 else 0.0
+    num_generated = result.num_completion_tokens - result.num_resumed_tokens
+    rate = num_generated / result.generation_s if result.generation_s > 0 else 0.0
     table.add_row("completions", f"{result.num_completions:,}")
     table.add_row("prompt tokens", f"{result.num_prompt_tokens:,}")
-    table.add_row("completion tokens", f"{result.num_completion_tokens:,} ({rate:,.0f}/s)")
+    resumed = f", {result.num_resumed_tokens:,} of them from journals" if result.num_resumed_tokens else ""
+    table.add_row("completion tokens", f"{result.num_completion_tokens:,} ({rate:,.0f}/s{resumed})")
     start_s = result.elapsed_s - result.generation_s
     table.add_row("time", f"{duration(result.elapsed_s)} ({duration(start_s)} until the first replica was ready)")
     if result.num_replicas_died:
@@ -59,6 +66,28 @@ def print_result(result: JobResult) -> None:
         console.print(
             f"Dead letters, each with its input row and the reason: {escape(result.output)}/errors", soft_wrap=True
         )
+
+
+def print_retry(result: JobResult) -> None:
+    """What became of an output's dead letters, and the way on."""
+    console = _console()
+    where = escape(result.output)
+    if not result.run_id:
+        console.print(f"{where}: nothing to try{_dead_letters_left(result.num_dead_letters)}.", soft_wrap=True)
+    else:
+        console.print(f"[bold]{where}[/bold]: {result.num_completions:,} new completions", soft_wrap=True)
+        table = _facts()
+        by_type = ", ".join(f"{name} {count:,}" for name, count in sorted(result.dead_letters_by_type.items()))
+        table.add_row("dead letters left", f"{result.num_dead_letters:,}{f' (tried: {by_type})' if by_type else ''}")
+        table.add_row("completion tokens", f"{result.num_completion_tokens:,}")
+        table.add_row("time", duration(result.elapsed_s))
+        table.add_row("run", result.run_id)
+        console.print(table)
+    for unit in result.given_up[:_MAX_NAMED]:
+        console.print(f"[red]not tried[/red] unit {unit.unit_id}: {escape(unit.error)}", soft_wrap=True)
+    num_missing = result.num_units - result.num_units_committed - len(result.given_up)
+    if num_missing > 0:
+        console.print(f"{num_missing:,} units were never committed: `batchinfer run` generates those.")
 
 
 def print_plan(preparation: Preparation) -> None:
@@ -154,11 +183,19 @@ def print_verification(report: VerifyReport) -> None:
     by_type = ", ".join(f"{name} {count:,}" for name, count in sorted(report.dead_letters_by_type.items()))
     table.add_row("dead letters", f"{report.num_dead_letters:,}{f' ({by_type})' if by_type else ''}")
     table.add_row("units committed", f"{report.num_units_committed:,} of {report.num_units:,}")
+    if report.num_bytes_checked:
+        table.add_row("checksums taken", f"{report.num_bytes_checked:,} bytes")
     console.print(table)
-    for kind, count in Counter(finding.kind for finding in report.findings).items():
-        console.print(f"[red]{kind}[/red]: {count:,}")
-        for finding in [it for it in report.findings if it.kind == kind][:_MAX_NAMED]:
-            console.print(f"  {finding.where}: {finding.detail}", soft_wrap=True, markup=False)
+    _print_by_kind(console, report.findings, "red")
+    _print_by_kind(console, report.remarks, "yellow")
+
+
+def _print_by_kind(console: Console, found: Sequence[Finding] | Sequence[Remark], colour: str) -> None:
+    """A few of each kind, and how many there are."""
+    for kind, count in Counter(it.kind for it in found).items():
+        console.print(f"[{colour}]{kind}[/{colour}]: {count:,}")
+        for each in [it for it in found if it.kind == kind][:_MAX_NAMED]:
+            console.print(f"  {shown(each.where)}: {shown(each.detail)}", soft_wrap=True, markup=False)
         if count > _MAX_NAMED:
             console.print(f"  and {count - _MAX_NAMED:,} more (--json names all)")
 
@@ -188,7 +225,7 @@ _STATES = {
 _VERDICTS = {
     "complete": "[green]complete: every row is in the output exactly once[/green]",
     "complete_with_dead_letters": "[yellow]complete, with dead letters: every row is here once or in errors[/yellow]",
-    "incomplete": "[yellow]incomplete: run again[/yellow]",
+    "incomplete": "[yellow]incomplete: run again, which generates or mends what is named below[/yellow]",
     "damaged": "[red]damaged[/red]",
 }
 
@@ -203,6 +240,10 @@ def _facts() -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def _dead_letters_left(count: int) -> str:
+    return f"; {count:,} dead letters stay as they are" if count else ": there is no dead letter"
 
 
 def _dead_letters(count: int) -> str:

@@ -28,6 +28,7 @@ def fingerprint(spec: JobSpec, model_identity: Mapping[str, str]) -> Fingerprint
     """
     prompt = spec.prompt.model_dump(mode="json")
     prompt["chat"] = spec.prompt.applies_chat_template
+    prompt["control_tokens"] = spec.prompt.control_token_rule
     facts: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         **{f"model.{name}": value for name, value in model_identity.items()},

@@ -5,7 +5,6 @@ Footers only; rows are read by replicas. Reading the input is here, what a resum
 """
 
 import difflib
-import hashlib
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,10 @@ import pyarrow as pa
 
 from batchinfer.errors import InputError, OutputError, ShardCorrupt
 from batchinfer.records import GENERATED_COLUMNS, Plan, Shard, UnreadableShard
-from batchinfer.redact import redact
+from batchinfer.redact import redact, without_query
+from batchinfer.storage.failures import RetryPolicy
 from batchinfer.storage.filesystem import StorageOptions, canonical_uri, locate
-from batchinfer.storage.footer import read_footer
+from batchinfer.storage.footer import read_footer, shard_id
 from batchinfer.storage.location import FoundFile, Location
 
 log = logging.getLogger(__name__)
@@ -62,15 +62,20 @@ class _Candidate:
     size_bytes: int
 
 
-def plan_input(paths: Sequence[str], storage_options: StorageOptions | None, rows_per_unit: int) -> InputPlan:
+def plan_input(
+    paths: Sequence[str],
+    storage_options: StorageOptions | None,
+    rows_per_unit: int,
+    policy: RetryPolicy | None = None,
+) -> InputPlan:
     """List the shards that ``paths`` name and read their footers, in parallel.
 
-    Each path is a file, a directory (searched at every depth for ``*.parquet``) or a glob; names that start with
-    ``_`` or ``.`` are skipped. Shards keep the order of ``paths``, sorted by name within one. A shard whose
-    footer cannot be read becomes an UnreadableShard. Raises InputError when a path is missing, names a shard that
-    another path names too, or nothing readable is found; StorageUnavailable when the storage fails.
+    Each path is a file, a directory (searched at every depth for ``*.parquet``) or a glob, the first of these that it
+    is; names that start with ``_`` or ``.`` are skipped. Shards keep the order of ``paths``, sorted by name within
+    one. A shard whose footer cannot be read becomes an UnreadableShard. Raises InputError when a path is missing,
+    names a shard that another path names too, or nothing readable is found; StorageUnavailable when the storage fails.
     """
-    candidates = [candidate for path in paths for candidate in _candidates(path, storage_options)]
+    candidates = [candidate for path in paths for candidate in _candidates(path, storage_options, policy)]
     _refuse_duplicates(candidates)
     if not candidates:
         raise InputError(
@@ -148,8 +153,9 @@ def check_output_apart(input_paths: Sequence[str], output_path: str) -> None:
     No request is sent. A glob that cannot reach below the output (``data/*.parquet`` with ``data/out``) is fine.
     """
     output = canonical_uri(output_path)
-    for path in input_paths:
-        root, pattern = _split_glob(path)
+    # As a glob and as a name that only looks like one: no request is sent, so it might be either.
+    readings = [(path, *reading) for path in input_paths for reading in dict.fromkeys((_split_glob(path), (path, "")))]
+    for path, root, pattern in readings:
         source = canonical_uri(root)
         shown_input, shown_output = f"input.path {redact(path)}", f"output.path {redact(output_path)}"
         if output == source:
@@ -165,14 +171,16 @@ def check_output_apart(input_paths: Sequence[str], output_path: str) -> None:
                 )
 
 
-def _candidates(path: str, storage_options: StorageOptions | None) -> list[_Candidate]:
-    place = locate(path, storage_options, blames=InputError)
+def _candidates(path: str, storage_options: StorageOptions | None, policy: RetryPolicy | None) -> list[_Candidate]:
+    place = locate(path, storage_options, blames=InputError, policy=policy)
     if place.is_file():
-        name = path.rstrip("/").rpartition("/")[2]
+        # Row ids and the plan are made of the name: no place for a signature, which would change them with every run.
+        name = without_query(path).rstrip("/").rpartition("/")[2]
         return [_Candidate(name, place, place.size_bytes())]
     root_path, pattern = _split_glob(path)
-    if pattern:
-        root = locate(root_path, storage_options, blames=InputError)
+    # A directory whose name only looks like a glob is that directory, as the file above is that file.
+    if pattern and not place.is_directory():
+        root = locate(root_path, storage_options, blames=InputError, policy=policy)
         visible = [file for file in root.glob(pattern) if not _is_hidden(file.name)]
         if not visible:
             raise InputError(f"{redact(path)}: the glob matches no file; check it (** spans directories)")
@@ -194,7 +202,7 @@ def _read_shard(candidate: _Candidate, rows_per_unit: int) -> tuple[Shard | Unre
     except (ShardCorrupt, pa.ArrowException, InputError) as error:
         # InputError: listed, but gone or forbidden by now; the others go on.
         return UnreadableShard(candidate.path, uri, candidate.size_bytes, redact(str(error))), None
-    identity = hashlib.sha256(f"{candidate.path}\0{candidate.size_bytes}\0".encode() + footer).hexdigest()[:16]
+    identity = shard_id(candidate.path, candidate.size_bytes, footer)
     return Shard(identity, candidate.path, uri, metadata.num_rows, candidate.size_bytes, rows_per_unit), schema
 
 

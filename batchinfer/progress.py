@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from batchinfer.telemetry import RunProgress, duration, progress_line
+from batchinfer.telemetry import RunProgress, duration, engine_use, progress_line
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,15 @@ class LiveProgress:
             TextColumn("rows"),
             TextColumn("{task.fields[tokens]}"),
             TextColumn("{task.fields[replicas]}"),
+            TextColumn("{task.fields[engines]}", style="dim"),
             TextColumn("{task.fields[dead_letters]}", style="yellow"),
             TextColumn("{task.fields[eta]}", style="cyan"),
             console=console,
             auto_refresh=False,
         )
-        self._task = self._progress.add_task("", total=None, tokens="", replicas="starting", dead_letters="", eta="")
+        self._task = self._progress.add_task(
+            "", total=None, tokens="", replicas="starting", engines="", dead_letters="", eta=""
+        )
         self._live = Live(self._progress, console=console, auto_refresh=False, transient=True)
         self._live.start()
 
@@ -76,6 +79,7 @@ class LiveProgress:
             completed=progress.num_rows_committed + progress.num_rows_finished,
             tokens=f"{progress.prompt_tokens_per_s:,.0f} in {progress.completion_tokens_per_s:,.0f} out tok/s",
             replicas=f"{progress.num_replicas_ready}{starting} replicas",
+            engines=engine_use(progress.engines).removeprefix(", "),
             dead_letters=f"{progress.num_dead_letters} dead letters" if progress.num_dead_letters else "",
             eta="" if progress.eta_s is None else f"ETA {duration(progress.eta_s)}",
         )

@@ -184,4 +184,6 @@ class UnitResult:
     num_completion_tokens: int
     elapsed_s: float
     already_committed: bool = False
+    #: Of the completion tokens, those that were in the unit's journal and did not have to be generated again.
+    num_resumed_tokens: int = 0
     dead_letters_by_type: dict[str, int] = field(default_factory=dict)

@@ -79,6 +79,9 @@ class PromptSpec(Block):
     chat: bool | None = None
     #: Passed to the chat template, e.g. {enable_thinking: true}.
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    #: Control tokens in a row's own strings: escape = plain text, reject = dead letter, allow = as the tokenizer reads
+    #: them; null = escape, but allow where ``text`` without a chat template is the user's own format.
+    control_tokens: Literal["escape", "allow", "reject"] | None = None
     #: Struct column whose fields override ``sampling`` for their row; null fields keep the job's value.
     sampling_column: str | None = None
 
@@ -90,8 +93,8 @@ class PromptSpec(Block):
             raise ValueError(f"give exactly one of text, messages, template, token_ids (given: {named})")
         if self.messages is not None and self.chat is False:
             raise ValueError("messages need the chat template; use text or template with chat: false")
-        if self.token_ids is not None and (self.chat or self.system is not None):
-            raise ValueError("token_ids are read as they are; chat and system do not apply")
+        if self.token_ids is not None and (self.chat or self.system is not None or self.control_tokens is not None):
+            raise ValueError("token_ids are read as they are; chat, system and control_tokens do not apply")
         if self.system is not None and not self.applies_chat_template:
             raise ValueError("system needs the chat template; set chat: true")
         if self.chat_template_kwargs and not self.applies_chat_template:
@@ -106,6 +109,14 @@ class PromptSpec(Block):
         if self.chat is not None:
             return self.chat
         return self.messages is not None or self.template is not None
+
+    @property
+    def control_token_rule(self) -> Literal["escape", "allow", "reject"]:
+        """``control_tokens``, or what its null means for this source."""
+        if self.control_tokens is not None:
+            return self.control_tokens
+        frames = self.applies_chat_template or self.template is not None
+        return "escape" if frames else "allow"
 
 
 class SamplingSpec(Block):
@@ -192,7 +203,7 @@ class FakeSpec(Block):
 class EngineSpec(Block):
     """Which engine, and its limits. The defaults come from the device."""
 
-    #: auto = continuous on a CPU where it knows the model, else padded.
+    #: auto = continuous where it knows the model and its kernels prove right on the device, else padded.
     kind: Literal["auto", "continuous", "padded", "fake"] = "auto"
     #: Sequences in one batch; null = from the device.
     max_batch_rows: Positive | None = None

@@ -12,9 +12,26 @@ from dataclasses import dataclass, field
 RATE_WINDOW_S = 30.0
 
 
+#: Names of files may hold line ends and terminal commands; in a log they are only shown.
+_SHOWN = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+
+
+def shown(text: str) -> str:
+    """The text with control characters spelt out, for a log or a terminal."""
+    return text.translate(_SHOWN)
+
+
+class _OneLine(logging.Formatter):
+    """A message cannot write a second line of the log, nor anything to the terminal but text."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        record.message = shown(record.message)
+        return super().formatMessage(record)
+
+
 def configure_logging() -> None:
     """Log lines of batchinfer to stderr, warnings of everything else; called by commands, never by the library."""
-    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+    formatter = _OneLine("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[stream], force=True)
@@ -32,6 +49,23 @@ class LogStream(io.TextIOBase):
             if line.strip():
                 self._logger.debug("%s", line)
         return len(text)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineUse:
+    """How busy the ready replicas' engines are, all together; shares are None before there is anything to share."""
+
+    #: Sequences in the batches now, of the most that fit.
+    num_active: int = 0
+    capacity: int = 0
+    #: Of the KV caches' places, now.
+    kv_use: float | None = None
+    #: Of the last half minute, the time in which an engine had nothing to do.
+    idle_share: float | None = None
+    #: Of all tokens computed since the replicas' start, those that were padding.
+    padding_share: float | None = None
+    num_preemptions: int = 0
+    num_prefix_hits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +89,7 @@ class RunProgress:
     completion_tokens_per_s: float = 0.0
     eta_s: float | None = None
     dead_letters_by_type: dict[str, int] = field(default_factory=dict)
+    engines: EngineUse = EngineUse()
 
 
 @dataclass(slots=True)
@@ -102,5 +137,21 @@ def progress_line(progress: RunProgress) -> str:
         f"{progress.num_rows_committed + progress.num_rows_finished:,} of {progress.num_rows:,} rows, "
         f"{progress.num_units_committed:,} of {progress.num_units:,} units committed, "
         f"{progress.prompt_tokens_per_s:,.0f} tok/s in, {progress.completion_tokens_per_s:,.0f} tok/s out, "
-        f"{progress.num_replicas_ready} replicas{starting}{dead}{eta}"
+        f"{progress.num_replicas_ready} replicas{starting}{engine_use(progress.engines)}{dead}{eta}"
     )
+
+
+def engine_use(use: EngineUse) -> str:
+    """``, batch 96%, KV 63%, idle 2%``; empty without a replica, each piece only where it says something."""
+    if not use.capacity:
+        return ""
+    pieces = [f"batch {use.num_active / use.capacity:.0%}"]
+    if use.kv_use is not None:
+        pieces.append(f"KV {use.kv_use:.0%}")
+    if use.padding_share:
+        pieces.append(f"padding {use.padding_share:.0%}")
+    if use.idle_share is not None:
+        pieces.append(f"idle {use.idle_share:.0%}")
+    if use.num_preemptions:
+        pieces.append(f"{use.num_preemptions:,} preemptions")
+    return "".join(f", {piece}" for piece in pieces)

@@ -33,7 +33,7 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     # Replicas inherit it: models that tests put behind a URI must not end up in the user's cache.
     os.environ.setdefault("BATCHINFER_CACHE", str(tmp_path_factory.mktemp("cache")))
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -23,15 +23,47 @@ SECRET_KEY = "test-secret-key"
 START_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
-    """Where the server answers; ``storage_options`` open it with the key it knows."""
+    """A server that answers at ``endpoint``; ``storage_options`` open it with the key it knows."""
 
     endpoint: str
     storage_options: dict[str, Any]
+    _command: list[str]
+    _root: Path
+    _process: "subprocess.Popen[bytes] | None" = None
 
     def with_secret(self, secret: str) -> dict[str, Any]:
         return {**self.storage_options, "secret": secret}
+
+    def start(self) -> None:
+        """Start it, or start it again on what it has stored; returns when it answers."""
+        log = self._root / "log"
+        with log.open("ab") as output:
+            # TMPDIR: it leaves sockets in the temporary directory.
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self._root,
+                env={**os.environ, "TMPDIR": str(self._root)},
+            )
+        _wait_until_ready(self._process, self, log)
+
+    def kill(self) -> None:
+        """SIGKILL; what was stored stays."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
 
 def find_weed() -> str | None:
@@ -86,30 +118,23 @@ def running_seaweed(weed: str) -> Iterator[S3Server]:
             f"-filer.localSocket={root / 'filer.sock'}",
             *port_options,
         ]
-        with (root / "log").open("wb") as log:
-            # TMPDIR: it leaves sockets in the temporary directory.
-            server = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=root, env={**os.environ, "TMPDIR": str(root)}
-            )
+        endpoint = f"http://127.0.0.1:{ports[6]}"
+        server = S3Server(
+            endpoint,
+            {
+                "key": ACCESS_KEY,
+                "secret": SECRET_KEY,
+                "endpoint_url": endpoint,
+                "client_kwargs": {"region_name": "us-east-1"},
+            },
+            command,
+            root,
+        )
         try:
-            found = S3Server(
-                f"http://127.0.0.1:{ports[6]}",
-                {
-                    "key": ACCESS_KEY,
-                    "secret": SECRET_KEY,
-                    "endpoint_url": f"http://127.0.0.1:{ports[6]}",
-                    "client_kwargs": {"region_name": "us-east-1"},
-                },
-            )
-            _wait_until_ready(server, found, root / "log")
-            yield found
+            server.start()
+            yield server
         finally:
-            server.terminate()
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            server.stop()
 
 
 def _wait_until_ready(server: "subprocess.Popen[bytes]", found: S3Server, log: Path) -> None:

@@ -8,6 +8,17 @@ import pyarrow as pa
 from batchinfer.engine.engine import EngineStats
 from batchinfer.records import Shard, WorkUnit
 from batchinfer.spec import JobSpec
+from batchinfer.storage.faults import FaultPlan
+
+
+@dataclass(frozen=True, slots=True)
+class RetryScope:
+    """That a replica generates dead letters of committed units, and which of them."""
+
+    #: Only those of these types; empty = all.
+    error_types: tuple[str, ...]
+    #: Tells the retry's journals from those of the run that committed the units.
+    journal_fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,12 @@ class ReplicaSetup:
     num_cpus: float
     #: Where the fake engine's faults begin; another one for each replica, or all would fail at the same step.
     fault_seed: str
+    #: Its name towards ``chaos``: ``replica-<id>``.
+    role: str = "replica-0"
+    #: Breaks storage calls on purpose; None = they are left alone.
+    chaos: FaultPlan | None = None
+    #: None = units are generated whole and committed.
+    retry: RetryScope | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +85,8 @@ class ReplicaStarted:
     device: str
     node: str
     start_s: float
+    #: Ray's id of the machine, by which its going is announced.
+    node_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +96,8 @@ class ReplicaProgress:
     stats: EngineStats
     #: Grows with every step of the engine and every row prepared or published.
     num_signs_of_life: int = 0
+    #: How long the engine's thread had nothing to do, and with it the device.
+    idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,14 @@
 Only reads. ``plan`` stops here; ``run`` goes on from it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
+from batchinfer.cluster.messages import RetryScope
 from batchinfer.cluster.tally import Tally
 from batchinfer.errors import FingerprintMismatch, ModelError
 from batchinfer.fingerprint import Fingerprint, diff, fingerprint
@@ -19,8 +21,10 @@ from batchinfer.planner import InputPlan, check_output_apart, columns_to_read, m
 from batchinfer.prompts.columns import NO_CHAT_TEMPLATE, check_schema, required_columns
 from batchinfer.records import Plan, WorkUnit
 from batchinfer.spec import JobSpec
+from batchinfer.storage.dead_letters import look_at_dead_letters
+from batchinfer.storage.failures import RetryPolicy
 from batchinfer.storage.filesystem import download_tree, locate
-from batchinfer.storage.layout import check_usable, committed_units, count_dead_letters, read_job, read_plan
+from batchinfer.storage.layout import COMPLETIONS, ERRORS, check_usable, parse_unit_id, parts, read_job, read_plan
 from batchinfer.storage.location import Location
 
 
@@ -36,6 +40,21 @@ class JobFacts:
     #: Columns to read with their types, and those of them that are passed through.
     schema: pa.Schema
     output_columns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """What makes a preparation one of dead letters: its pending units are committed ones."""
+
+    scope: RetryScope
+    #: The output's own, which its parts keep.
+    fingerprint: Fingerprint
+    #: Limits that are not those of the output's job: fingerprint part to old and new value.
+    changed: Mapping[str, tuple[str, str]]
+    #: Dead letters of the pending units.
+    num_dead_letters: int
+    #: Units that were never committed; they are a run's business, and so are their journals.
+    uncommitted: tuple[WorkUnit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +74,14 @@ class Preparation:
     num_units_committed: int
     num_rows_committed: int
     num_dead_letters: int
+    #: Committed units whose errors part tells of other rows than those their completions part lacks.
+    unfit_errors: tuple[WorkUnit, ...] = ()
+    retry: Retry | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a run would have nothing to generate and nothing to write."""
+        return not (self.pending or self.plan_changed or self.unfit_errors)
 
     @property
     def spec(self) -> JobSpec:
@@ -62,7 +89,13 @@ class Preparation:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        return self.facts.fingerprint
+        """What parts are written under."""
+        return self.facts.fingerprint if self.retry is None else self.retry.fingerprint
+
+    @property
+    def units_to_resume(self) -> tuple[WorkUnit, ...]:
+        """Units whose journals are of use, now or to the next run."""
+        return self.pending if self.retry is None else self.pending + self.retry.uncommitted
 
     def tally(self) -> Tally:
         """A count that starts from what the output holds."""
@@ -76,25 +109,27 @@ class Preparation:
         )
 
 
-def prepare(spec: JobSpec) -> Preparation:
+def prepare(spec: JobSpec, policy: RetryPolicy | None = None) -> Preparation:
     """Check the job from every side that needs no GPU, and find what is left to do. Writes nothing to the output.
+
+    ``policy`` is how storage is called, from here on to the end of the run (None = the usual way).
 
     Raises:
         JobError: job file, model, input or output are wrong; says where and the way out.
         StorageUnavailable: input or output cannot be reached just now.
     """
     check_output_apart(spec.input.paths, spec.output.path)
-    output = locate(spec.output.path, spec.output.storage_options)
+    output = locate(spec.output.path, spec.output.storage_options, policy=policy)
     check_usable(output)
-    return compare_with_output(look_at_job(spec), output)
+    return compare_with_output(look_at_job(spec, policy), output)
 
 
-def look_at_job(spec: JobSpec) -> JobFacts:
+def look_at_job(spec: JobSpec, policy: RetryPolicy | None = None) -> JobFacts:
     """Model and input of a job; reads the model's small files and the shards' footers."""
-    model = _look_at_model(spec)
+    model = _look_at_model(spec, policy)
     if spec.prompt.applies_chat_template and not has_chat_template(model.directory):
         raise ModelError(f"{model.directory}: {NO_CHAT_TEMPLATE}")
-    found = plan_input(spec.input.paths, spec.input.storage_options, spec.execution.rows_per_unit)
+    found = plan_input(spec.input.paths, spec.input.storage_options, spec.execution.rows_per_unit, policy)
     for each in found.schemas:
         check_schema(spec.prompt, spec.sampling, each.schema, f"shard {each.example.path}")
     schema, output_columns = columns_to_read(found.schemas, required_columns(spec.prompt), spec.output.columns)
@@ -118,10 +153,15 @@ def compare_with_output(facts: JobFacts, output: Location) -> Preparation:
     job = read_job(output)
     if job is not None:
         _refuse_other_job(facts.fingerprint, job, output)
-    committed = committed_units(output)
+    committed = parts(output, COMPLETIONS)
     before = read_plan(output)
     merged = merge_plans(before, facts.input.plan, committed)
-    done = [unit for unit in merged.plan.units if unit.unit_id in committed]
+    staying = committed.keys() - set(merged.superseded_units)
+    dead_letters = look_at_dead_letters(output, committed, parts(output, ERRORS))
+    done: list[WorkUnit] = []
+    pending: list[WorkUnit] = []
+    for unit in merged.plan.units:
+        (done if unit.unit_id in committed else pending).append(unit)
     return Preparation(
         facts=facts,
         output=output,
@@ -129,15 +169,18 @@ def compare_with_output(facts: JobFacts, output: Location) -> Preparation:
         plan_changed=job is None or before is None or _shape(before) != _shape(merged.plan),
         is_new=job is None,
         superseded=merged.superseded_units,
-        pending=tuple(unit for unit in merged.plan.units if unit.unit_id not in committed),
+        pending=tuple(pending),
         num_units_committed=len(done),
         num_rows_committed=sum(unit.num_rows for unit in done),
-        num_dead_letters=count_dead_letters(output, committed - set(merged.superseded_units)),
+        num_dead_letters=dead_letters.of(staying),
+        unfit_errors=tuple(
+            found for name in dead_letters.unfit if name in staying and (found := parse_unit_id(name)) is not None
+        ),
     )
 
 
-def _look_at_model(spec: JobSpec) -> Preflight:
-    fetch = partial(_fetch, spec)
+def _look_at_model(spec: JobSpec, policy: RetryPolicy | None) -> Preflight:
+    fetch = partial(_fetch, spec, policy)
     needs_tokenizer = spec.prompt.token_ids is None
     if spec.engine.kind != "fake":
         return preflight(spec.model.path, spec.model.revision, needs_tokenizer=needs_tokenizer, fetch=fetch)
@@ -147,8 +190,8 @@ def _look_at_model(spec: JobSpec) -> Preflight:
     return Preflight(directory, None, tokenizer_identity(directory))
 
 
-def _fetch(spec: JobSpec, uri: str, target: Path) -> None:
-    download_tree(uri, target, spec.model.storage_options)
+def _fetch(spec: JobSpec, policy: RetryPolicy | None, uri: str, target: Path) -> None:
+    download_tree(uri, target, spec.model.storage_options, policy=policy)
 
 
 def _limit(spec: JobSpec, directory: Path) -> int:

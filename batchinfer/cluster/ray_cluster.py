@@ -5,22 +5,29 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import ray
+import ray._private.ray_constants
+import ray._private.state
 import ray.exceptions
 import ray.util.client
 
 from batchinfer.cluster.share import NodeSize
 from batchinfer.errors import ClusterLost
+from batchinfer.redact import redact
 from batchinfer.spec import ClusterSpec
 
 logger = logging.getLogger(__name__)
 
 #: Near Ray's minimum: only unit descriptors and counts pass through its object store.
 OBJECT_STORE_BYTES = 100 * 2**20
+#: How long the cluster's head may take to answer, one that is just starting too. Ray itself tries for minutes.
+CONNECT_TIMEOUT_S = 15.0
 
 
 @contextlib.contextmanager
@@ -40,32 +47,77 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        _start_or_join(cluster)
+        if threading.current_thread() is threading.main_thread():
+            # Ray has put its own handler there, which ends the process before it can say how to go on.
+            signal.signal(signal.SIGTERM, on_sigterm)
+        yield
+    finally:
+        # Also where a signal has broken off the start: half a connection would be taken for the user's own.
+        ray.shutdown()
+
+
+def _start_or_join(cluster: ClusterSpec) -> None:
+    """Raises ClusterLost."""
+    try:
         if cluster.address is None:
             logger.info("starting Ray inside this process")
-            ray.init(
-                # Left out, it would mean RAY_ADDRESS or whatever `ray start` has left running on this machine.
-                address="local",
-                num_cpus=_cpus_to_offer(cluster),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with _on_loopback():
+                ray.init(
+                    # Left out, it would mean RAY_ADDRESS or whatever `ray start` has left running on this machine.
+                    address="local",
+                    num_cpus=_cpus_to_offer(cluster),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         else:
-            logger.info("joining the Ray cluster at %s", cluster.address)
+            logger.info("joining the Ray cluster at %s", redact(cluster.address))
+            _await_head(cluster.address)
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterLost(
-            f"cluster.address {cluster.address or 'null (in this process)'}: Ray does not answer ({error}); "
+            f"cluster.address {redact(cluster.address or 'null (in this process)')}: Ray does not answer "
+            f"({redact(str(error))}); "
             "check the address with `ray status`, and RAY_AUTH_TOKEN if the cluster asks for a token, then run again"
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        # Ray has put its own handler there, which ends the process before it can say how to go on.
-        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have every port of a Ray that starts in the block listen on this machine alone.
+
+    All its servers follow the node's address, for which Ray refuses loopback on Linux; on macOS and Windows it takes
+    loopback by itself, and this constant says which of the two it is.
+    """
+    before = ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray.shutdown()
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _await_head(address: str) -> None:
+    """Return once something accepts connections at ``address``, or at once where that cannot be told.
+
+    Raises ConnectionError after :data:`CONNECT_TIMEOUT_S`.
+    """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    until_s = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until_s:
+                raise ConnectionError(f"nothing accepts connections there: {error}") from error
+        time.sleep(0.5)
 
 
 def _cpus_to_offer(cluster: ClusterSpec) -> int:
@@ -75,13 +127,28 @@ def _cpus_to_offer(cluster: ClusterSpec) -> int:
 
 
 def cluster_nodes() -> list[NodeSize]:
-    """The machines of the cluster as they are now."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    """The machines of the cluster as they are now, those about to go left out."""
+    going = nodes_about_to_go()
     return [
         NodeSize(node["Resources"].get("GPU", 0.0), node["Resources"].get("CPU", 0.0))
-        for node in nodes
-        if node["Alive"]
+        for node in _nodes()
+        if node["Alive"] and node["NodeID"] not in going
     ]
+
+
+def nodes_about_to_go() -> frozenset[str]:
+    """Ids of machines that are being drained: a spot machine's notice, a scale-down, ``ray drain-node``.
+
+    Empty behind ray://, where Ray does not tell.
+    """
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        return frozenset()
+    return frozenset(ray._private.state.state.get_draining_nodes())
+
+
+def _nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
 
 
 def head_address() -> str | None:

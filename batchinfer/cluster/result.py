@@ -41,6 +41,8 @@ class JobResult:
     elapsed_s: float
     generation_s: float
     num_replicas_died: int = 0
+    #: Of the completion tokens, those that were found in journals.
+    num_resumed_tokens: int = 0
     #: Of this run's commits.
     dead_letters_by_type: dict[str, int] = field(default_factory=dict)
     given_up: tuple[GivenUpUnit, ...] = ()
@@ -92,6 +94,7 @@ def job_result(
         elapsed_s=elapsed_s,
         generation_s=generation_s,
         num_replicas_died=tally.num_replicas_died,
+        num_resumed_tokens=tally.num_resumed_tokens,
         dead_letters_by_type=dict(tally.dead_letters_by_type),
         given_up=tuple(given_up),
         unreadable_shards=tuple(shard.path for shard in preparation.plan.unreadable),

@@ -7,11 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 
 from batchinfer import __version__
+from batchinfer.cluster.messages import ReplicaStarted
 from batchinfer.cluster.prepare import Preparation
+from batchinfer.cluster.retry_prepare import note_retry
 from batchinfer.fingerprint import redacted_spec
 from batchinfer.records import UnitResult
 from batchinfer.redact import redact
 from batchinfer.storage.events import EventLog, EventValue, open_event_log
+from batchinfer.storage.journal import remove_journals_except
 from batchinfer.storage.layout import clear_staging, set_aside, write_job, write_plan
 
 logger = logging.getLogger(__name__)
@@ -28,7 +31,21 @@ _REPRODUCIBILITY = {
 
 
 class RunRecord:
-    """Context manager around a run. Until :meth:`begin` events are held back and nothing is written."""
+    """Context manager around a run. Until :meth:`begin` events are held back and nothing is written.
+
+    The events, each with ``at`` and ``event`` (readers must bear events and fields they do not know):
+
+    * ``run_started`` run, host, num_units_pending, num_units_committed; ``run_stopped`` reason (a drain begins);
+      ``run_finished`` outcome, error.
+    * ``replica_starting``, ``replica_start_failed`` error, ``replica_ready`` engine, device, node, capacity, start_s;
+      a replica's end is one of ``replica_died`` error, blameless; ``replica_stopped`` error (it hung, say; empty: it
+      was not needed any more); ``replica_drained`` num_rows_journaled, num_tokens_journaled; or the run's.
+    * ``replica_stats``, every half minute and at its end: batch_fill (sequences in the batch now / capacity), kv_use
+      (share of the KV cache's places used now), idle_s (since its start, the engine had nothing to do), and the
+      engine's counters since its start as ``EngineStats`` names them.
+    * ``unit_leased`` unit, attempt, num_poisoned; ``unit_probed`` unit, first, num_rows; ``unit_failed`` unit, error;
+      ``unit_committed`` with its counts. All but the first and last kinds say which ``replica``.
+    """
 
     def __init__(self, preparation: Preparation, run_id: str) -> None:
         self._preparation = preparation
@@ -73,18 +90,46 @@ class RunRecord:
             write_plan(preparation.output, preparation.plan)
         if preparation.is_new:
             write_job(preparation.output, self._job())
+        # What a crash between a commit and the removal of its journal left, or a replica whose driver was gone.
+        remove_journals_except(preparation.output, [unit.unit_id for unit in preparation.units_to_resume])
+        if preparation.retry is not None:
+            note_retry(preparation, self._run_id)
         self._log = open_event_log(preparation.output, self._run_id)
         held_back, self._held_back = self._held_back, []
         for kind, facts in held_back:
-            self._log.write(kind, **facts)
+            self._log.add(kind, **facts)
 
     def event(self, kind: str, **facts: EventValue) -> None:
-        """Write one event: counts, ids and errors, never a row's text; a URI in an error loses its credentials."""
+        """Note one event: counts, ids and errors, never a row's text; a URI in an error loses its credentials.
+
+        It is in the log after the next :meth:`flush`; a crash before it loses the account, never the rows.
+        """
         clean = {name: redact(value) if isinstance(value, str) else value for name, value in facts.items()}
         if self._log is None:
             self._held_back.append((kind, clean))
         else:
-            self._log.write(kind, **clean)
+            self._log.add(kind, **clean)
+
+    def flush(self) -> None:
+        """Store the events since the last call; the loop calls it once each time round."""
+        if self._log is not None:
+            self._log.flush()
+
+    def replica_ready(self, replica_id: int, started: ReplicaStarted) -> None:
+        """A model is loaded."""
+        self.event(
+            "replica_ready",
+            replica=replica_id,
+            engine=started.engine,
+            device=started.device,
+            node=started.node,
+            capacity=started.capacity,
+            start_s=round(started.start_s, 3),
+        )
+
+    def unit_leased(self, replica_id: int, unit_id: str, attempt: int, num_poisoned: int) -> None:
+        """A replica was given a unit."""
+        self.event("unit_leased", replica=replica_id, unit=unit_id, attempt=attempt, num_poisoned=num_poisoned)
 
     def unit_committed(self, replica_id: int, result: UnitResult) -> None:
         """The event that status and report count by."""
@@ -97,6 +142,7 @@ class RunRecord:
             num_dead_letters=result.num_dead_letters,
             num_prompt_tokens=result.num_prompt_tokens,
             num_completion_tokens=result.num_completion_tokens,
+            num_resumed_tokens=result.num_resumed_tokens,
             elapsed_s=round(result.elapsed_s, 3),
             already_committed=result.already_committed,
         )

@@ -47,6 +47,15 @@ _WEIGHTS_INDEX = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 _NUM_NAMED = 3
+#: Far above any configuration; a larger file is read by nobody.
+_MAX_JSON_BYTES = 64 * 2**20
+#: Far above any model: more of these and building the empty model alone would take the machine.
+_LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 10_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 100_000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "head_dim"), 1_000_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "moe_intermediate_size", "vocab_size"), 10**9),
+}
 
 #: Where configurations keep the longest sequence the model was made for, by age and family.
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -137,7 +146,9 @@ def check_config_files(directory: Path, *, needs_tokenizer: bool) -> None:
         raise ModelError(
             f"{directory}: holds a PEFT adapter; merge it into its base model (merge_and_unload) and name the result"
         )
-    wanted = _tokenizer_files(model_type(read_config(directory)))
+    config = read_config(directory)
+    wanted = _tokenizer_files(model_type(config))
+    _check_sizes(config)
     if needs_tokenizer and not has_tokenizer(directory):
         raise ModelError(
             f"{directory}: no tokenizer ({', '.join(wanted)}); copy the tokenizer files of the model it was made "
@@ -179,6 +190,9 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise ModelError(f"{directory / _WEIGHTS_INDEX}: names files outside the directory: {_few(outside)}")
+    foreign = [name for name in names if not name.endswith(".safetensors")]
+    if foreign:
+        raise ModelError(f"{directory / _WEIGHTS_INDEX}: names files that are not safetensors: {_few(foreign)}")
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
         raise ModelError(
@@ -233,6 +247,15 @@ def _check_exaone3_tensors(
         )
 
 
+def _check_sizes(config: Mapping[str, object]) -> None:
+    for field, largest in _LARGEST.items():
+        size = config.get(field)
+        if isinstance(size, int | float) and abs(size) > largest:
+            raise ModelError(f"config.json: {field} is above {largest:,}, which no model has; use an intact checkpoint")
+    if isinstance(text_config := config.get("text_config"), Mapping):
+        _check_sizes(text_config)
+
+
 def _few(names: Collection[str]) -> str:
     shown = ", ".join(list(names)[:_NUM_NAMED])
     return shown if len(names) <= _NUM_NAMED else f"{shown} and {len(names) - _NUM_NAMED} more"
@@ -241,10 +264,12 @@ def _few(names: Collection[str]) -> str:
 def _read_json(path: Path) -> dict[str, object] | None:
     """None when there is no such file."""
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelError(f"{path}: is larger than {_MAX_JSON_BYTES:,} bytes; use an intact checkpoint")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object; copy or download it again")

@@ -15,6 +15,7 @@ __all__ = ["SafetensorsHeader", "TensorHeader", "read_safetensors_header"]
 _LENGTH_BYTES = 8
 #: The limit of the safetensors library itself.
 _MAX_HEADER_BYTES = 100_000_000
+_SHOWN_CHARS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,11 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
             for name, entry in json.loads(raw).items()
             if name != "__metadata__"
         }
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ModelError(_broken(path, f"its header cannot be understood ({error})")) from error
+    for name, tensor in tensors.items():
+        if not base <= tensor.begin <= tensor.end or min(tensor.shape, default=0) < 0:
+            raise ModelError(_broken(path, f"the tensor {name[:_SHOWN_CHARS]} has no place in it"))
     missing_bytes = max((tensor.end for tensor in tensors.values()), default=base) - size_bytes
     if missing_bytes > 0:
         raise ModelError(_broken(path, f"it is {missing_bytes:,} bytes too short"))

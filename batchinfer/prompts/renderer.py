@@ -6,12 +6,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-from jinja2 import TemplateSyntaxError
 
 from batchinfer.errors import ModelError, RowRejected
-from batchinfer.prompts.columns import NO_CHAT_TEMPLATE, WITHOUT_CHAT_TEMPLATE, check_schema, required_columns
+from batchinfer.prompts.chat_template import ChatTemplate
+from batchinfer.prompts.columns import check_schema, required_columns
+from batchinfer.prompts.guard import PromptGuard, RowText
 from batchinfer.prompts.sampling import RowSampling
-from batchinfer.prompts.template import RowTemplate, short_error
+from batchinfer.prompts.template import RowTemplate
 from batchinfer.prompts.values import Message, accepted, cells, each, messages_of, override_of, text_of, token_ids_of
 from batchinfer.records import Prompt, RowError, SamplingParams
 from batchinfer.spec import PromptSpec, SamplingSpec
@@ -44,13 +45,16 @@ class PromptRenderer:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._template = None if prompt.template is None else RowTemplate(prompt.template)
+        self._chat_template: ChatTemplate | None = None
+        if tokenizer is not None and prompt.applies_chat_template:
+            self._chat_template = ChatTemplate(tokenizer, prompt.chat_template_kwargs)
+        if tokenizer is not None and prompt.token_ids is None:
+            self._guard = PromptGuard(tokenizer, prompt.control_token_rule, self._framing())
         self._sampling = RowSampling(sampling, vocab_size, decodes=tokenizer is not None)
         # Ids from the model's own tokenizer are in range, except where the tokenizer is the larger of the two.
         self._trusts_ids = prompt.token_ids is None and tokenizer is not None and len(tokenizer) <= (vocab_size or 0)
         #: The columns that ``render`` reads.
         self.required_columns = required_columns(prompt)
-        if prompt.applies_chat_template:
-            self._check_chat_template()
 
     def check_schema(self, schema: pa.Schema, where: str = "the input") -> None:
         """Raise InputError if a required column is missing or has a type that does not fit; see ``columns``."""
@@ -61,7 +65,7 @@ class PromptRenderer:
 
         A prompt whose ``max_new_tokens`` would pass the model's limit gets what still fits. The result of a row does
         not depend on the rows beside it. Dead letters: null_prompt, empty_prompt, bad_text, bad_messages,
-        bad_token_ids, bad_sampling, template_error, too_long.
+        bad_token_ids, bad_sampling, control_tokens, template_error, too_long.
         """
         token_ids = self._token_ids(rows)
         sampling = self._row_sampling(rows)
@@ -73,96 +77,59 @@ class PromptRenderer:
                 prompts.append(RowError(row_id, error.error_type, error.error))
         return prompts
 
-    def _texts(self, rows: pa.Table) -> list[str | RowRejected]:
+    def _texts(self, rows: pa.Table) -> list[RowText | RowRejected]:
         """What the tokenizer reads, per row."""
-        prompt = self._prompt
+        prompt, guard = self._prompt, self._guard
         if prompt.messages is not None:
-            return each(cells(rows, prompt.messages), lambda value: self._chat(messages_of(value)))
-        texts = cells(rows, prompt.text) if prompt.text is not None else self._rendered_templates(rows)
-        if prompt.applies_chat_template:
-            return each(texts, lambda text: self._chat([{"role": "user", "content": text_of(text)}]))
-        return each(texts, text_of)
+            chats = each(cells(rows, prompt.messages), messages_of)
+            return each(chats, lambda messages: guard.text(messages, self._chat))
+        if self._template is not None:
+            return each(self._template_rows(rows), lambda row: guard.text(row, self._templated))
+        assert prompt.text is not None
+        return each(cells(rows, prompt.text), lambda text: guard.text(text_of(text), self._text))
 
-    def _rendered_templates(self, rows: pa.Table) -> Sequence[object]:
-        template = self._template
-        assert template is not None
-        columns = {name: cells(rows, name) for name in template.columns}
+    def _template_rows(self, rows: pa.Table) -> list[dict[str, object] | RowRejected]:
+        """The columns that the template reads, row by row."""
+        assert self._template is not None
+        columns = {name: cells(rows, name) for name in self._template.columns}
 
-        def render(index: object) -> str:
+        def row(index: object) -> dict[str, object]:
             assert isinstance(index, int)
-            row = {name: values[index] for name, values in columns.items()}
-            rejected = next((value for value in row.values() if isinstance(value, RowRejected)), None)
-            if rejected is not None:
-                raise rejected
-            return template.render(row)
+            return {name: accepted(values[index]) for name, values in columns.items()}
 
-        return each(range(rows.num_rows), render)
+        return each(range(rows.num_rows), row)
+
+    def _templated(self, row: dict[str, object]) -> str:
+        assert self._template is not None
+        return self._text(text_of(self._template.render(row)))
+
+    def _text(self, text: str) -> str:
+        return self._chat([{"role": "user", "content": text}]) if self._prompt.applies_chat_template else text
 
     def _chat(self, messages: list[Message]) -> str:
-        """The checkpoint's chat template over the messages, the system prompt first unless they bring one.
-
-        A last message of the assistant is continued: the text ends in its words, without an end of turn.
-        """
+        """The checkpoint's chat template over the messages, the system prompt first unless they bring one."""
+        assert self._chat_template is not None
         if self._prompt.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._prompt.system}, *messages]
-        return text_of(self._apply_chat_template(messages))
-
-    def _apply_chat_template(self, messages: list[Message]) -> object:
-        assert self._tokenizer is not None
-        continues = messages[-1]["role"] == "assistant"
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not continues,
-                continue_final_message=continues,
-                **self._prompt.chat_template_kwargs,
-            )
-        except TemplateSyntaxError as error:
-            place = f"line {error.lineno}: {error.message}"
-            raise ModelError(f"the model's chat template cannot be read: {place}; correct the model's files") from error
-        except Exception as error:  # noqa: BLE001 (a checkpoint's template may raise anything; it costs its row alone)
-            if continues and isinstance(error, ValueError):
-                # transformers quotes the whole chat in this one.
-                reason = "the chat template cannot continue the last message, which is the assistant's"
-                raise RowRejected("bad_messages", reason) from None
-            raise RowRejected("template_error", short_error(error)) from None
-
-    def _check_chat_template(self) -> None:
-        assert self._tokenizer is not None
-        if not self._tokenizer.chat_template:
-            raise ModelError(NO_CHAT_TEMPLATE)
-        try:
-            self._tokenizer.get_chat_template()
-        except ValueError as error:
-            raise ModelError(
-                f"the model's chat templates have no default among them; {WITHOUT_CHAT_TEMPLATE}"
-            ) from error
-        # A template may insist on what only real rows have. That a syntax error is no row's fault shows here at once.
-        with suppress(RowRejected):
-            self._apply_chat_template([{"role": "user", "content": "Hi"}])
+        return text_of(self._chat_template.render(messages))
 
     def _token_ids(self, rows: pa.Table) -> list[list[int] | RowRejected]:
-        """One tokenizer call for all rows: it runs in Rust, on several threads, without the GIL.
-
-        A chat template writes its own special tokens; plain text gets those that the tokenizer adds by its own rule.
-        """
+        """A chat template writes its own special tokens; plain text gets those that the tokenizer adds by itself."""
         if self._prompt.token_ids is not None:
             return each(cells(rows, self._prompt.token_ids), token_ids_of)
-        assert self._tokenizer is not None
-        texts = self._texts(rows)
-        good = [text for text in texts if isinstance(text, str)]
-        encoded: list[list[int]] = []
-        if good:
-            encoded = self._tokenizer(
-                good,
-                add_special_tokens=not self._prompt.applies_chat_template,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-        following = iter(encoded)
-        return [text if isinstance(text, RowRejected) else next(following) for text in texts]
+        return self._guard.encode(self._texts(rows), add_special_tokens=not self._prompt.applies_chat_template)
+
+    def _framing(self) -> list[str]:
+        """The texts that the job puts around its rows: what they hold of marks, no row may say."""
+        texts = [] if self._template is None else [self._template.source]
+        if self._chat_template is not None:
+            texts.append(self._chat_template.source)
+            user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+            for system in ([], [{"role": "system", "content": "Hm"}]):
+                # A template may refuse a chat, or insist on what only real rows have.
+                with suppress(RowRejected):
+                    texts.append(self._chat_template.render([*system, user, assistant, user]))
+        return texts
 
     def _row_sampling(self, rows: pa.Table) -> Sequence[SamplingParams | RowRejected]:
         if self._prompt.sampling_column is None:

@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from batchinfer.errors import RowRejected
-from batchinfer.prompts.template import MAX_PROMPT_CHARS
+from batchinfer.prompts.sandbox import MAX_PROMPT_CHARS
 
 #: role, content and whatever else the column's struct has (tool calls are nested), as transformers takes it.
 Message = dict[str, Any]
+In = TypeVar("In")
 Out = TypeVar("Out")
 
 
@@ -23,7 +24,7 @@ def cells(rows: pa.Table, name: str) -> list[object]:
     return values
 
 
-def each(values: Sequence[object], make: Callable[[object], Out]) -> list[Out | RowRejected]:
+def each(values: Sequence[In | RowRejected], make: Callable[[In], Out]) -> list[Out | RowRejected]:
     """``make`` of every value; a rejection, found or raised, stands in its row's place."""
     made: list[Out | RowRejected] = []
     for value in values:

@@ -1,7 +1,9 @@
 """Run events: one JSON object per line, appended while a run goes on, read by status, report and post-mortems."""
 
+import io
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Protocol
@@ -21,8 +23,14 @@ SEGMENT_INTERVAL_S = 5.0
 class EventLog(Protocol):
     """Where a run writes what happens. Any thread may write; events keep the order of the calls."""
 
+    def add(self, event: str, **fields: EventValue) -> None:
+        """Hold an event for the next flush: ``{"at": <UTC, ISO 8601>, "event": event, **fields}``."""
+
+    def flush(self) -> None:
+        """Store what is held, as soon as the storage is meant to be asked again."""
+
     def write(self, event: str, **fields: EventValue) -> None:
-        """Add an event: ``{"at": <UTC, ISO 8601>, "event": event, **fields}``."""
+        """``add`` and ``flush``."""
 
     def close(self) -> None:
         """Store what is still held back. May be called again."""
@@ -36,40 +44,59 @@ def open_event_log(output: Location, run_id: str, clock: Clock = lambda: datetim
     return SegmentedEvents(runs, run_id, staging(output), clock)
 
 
-class AppendedEvents:
-    """Each event is in the file when ``write`` returns; a crash may tear the last line, never an earlier one."""
+class _HeldEvents(ABC):
+    """The lines between ``add`` and ``flush``."""
 
-    def __init__(self, file: Location, clock: Clock) -> None:
-        self._file = file
-        self._clock = clock
-        self._lock = threading.Lock()
-
-    def write(self, event: str, **fields: EventValue) -> None:
-        with self._lock:
-            self._file.append(_line(self._clock(), event, fields))
-
-    def close(self) -> None:
-        """Nothing is held back."""
-
-
-class SegmentedEvents:
-    """Events gathered into objects ``<run id>-<k>.jsonl``; a crash loses those since the last object was put."""
-
-    def __init__(self, runs: Location, run_id: str, staging_directory: Location, clock: Clock) -> None:
-        self._runs = runs
-        self._run_id = run_id
-        self._staging = staging_directory
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._held: list[bytes] = []
+
+    def add(self, event: str, **fields: EventValue) -> None:
+        with self._lock:
+            self._held.append(_line(self._clock(), event, fields))
+
+    def write(self, event: str, **fields: EventValue) -> None:
+        self.add(event, **fields)
+        self.flush()
+
+    @abstractmethod
+    def flush(self) -> None: ...
+
+
+class AppendedEvents(_HeldEvents):
+    """Events are in the file when ``flush`` returns; a crash may tear the last line, never an earlier one."""
+
+    def __init__(self, file: Location, clock: Clock) -> None:
+        super().__init__(clock)
+        self._file = file
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._held:
+                # One append however many there are: opening the file costs more than all else.
+                self._file.append(b"".join(self._held))
+                self._held = []
+
+    def close(self) -> None:
+        self.flush()
+
+
+class SegmentedEvents(_HeldEvents):
+    """Events gathered into objects ``<run id>-<k>.jsonl``; a crash loses those since the last object was put."""
+
+    def __init__(self, runs: Location, run_id: str, staging_directory: Location, clock: Clock) -> None:
+        super().__init__(clock)
+        self._runs = runs
+        self._run_id = run_id
+        self._staging = staging_directory
         self._num_segments = 0
         self._last_put_at = clock()
 
-    def write(self, event: str, **fields: EventValue) -> None:
+    def flush(self) -> None:
         with self._lock:
             now = self._clock()
-            self._held.append(_line(now, event, fields))
-            if (now - self._last_put_at).total_seconds() >= SEGMENT_INTERVAL_S:
+            if self._held and (now - self._last_put_at).total_seconds() >= SEGMENT_INTERVAL_S:
                 self._put(now)
 
     def close(self) -> None:
@@ -94,7 +121,8 @@ def read_events(output: Location) -> Iterator[Event]:
     for name in sorted(runs.names()):
         if not name.endswith(".jsonl"):
             continue
-        for line in (runs.child(name).read_if_present() or b"").splitlines():
+        # A list of the lines would take as much memory again.
+        for line in io.BytesIO(runs.child(name).read_if_present() or b""):
             try:
                 event = json.loads(line)
             except ValueError:

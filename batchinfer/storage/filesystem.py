@@ -116,17 +116,17 @@ class RemoteLocation(Location):
         return RemoteLocation(self.filesystem, path, self.blames, self.policy)
 
     def is_file(self) -> bool:
-        return self._attempt(lambda: bool(self._fresh().isfile(self.path)))
+        return self._attempt("is_file", lambda: bool(self._fresh().isfile(self.path)))
 
     def is_directory(self) -> bool:
-        return self._attempt(lambda: bool(self._fresh().isdir(self.path)))
+        return self._attempt("is_directory", lambda: bool(self._fresh().isdir(self.path)))
 
     def size_bytes(self) -> int:
-        return self._attempt(lambda: int(self._fresh().info(self.path)["size"]))
+        return self._attempt("size_bytes", lambda: int(self._fresh().info(self.path)["size"]))
 
     def names(self) -> set[str]:
         try:
-            listed = self._attempt(lambda: self._fresh().ls(self.path, detail=False), absent_ok=True)
+            listed = self._attempt("names", lambda: self._fresh().ls(self.path, detail=False), absent_ok=True)
         except FileNotFoundError:
             return set()
         # An object store may list the empty object that stands for the directory itself.
@@ -136,7 +136,7 @@ class RemoteLocation(Location):
 
     def files(self) -> list[FoundFile]:
         try:
-            found = self._attempt(lambda: self._fresh().find(self.path, detail=True), absent_ok=True)
+            found = self._attempt("files", lambda: self._fresh().find(self.path, detail=True), absent_ok=True)
         except FileNotFoundError:
             return []
         return self._relative(found)
@@ -144,23 +144,27 @@ class RemoteLocation(Location):
     def glob(self, pattern: str) -> list[FoundFile]:
         full_pattern = f"{self.path.rstrip('/')}/{pattern}"
         try:
-            found = self._attempt(lambda: self._fresh().glob(full_pattern, detail=True), absent_ok=True)
+            found = self._attempt("glob", lambda: self._fresh().glob(full_pattern, detail=True), absent_ok=True)
         except FileNotFoundError:
             return []
         return self._relative(found)
 
     def read_bytes(self) -> bytes:
-        return self._attempt(lambda: cast(bytes, self.filesystem.cat_file(self.path)))
+        return self._attempt("read_bytes", lambda: cast(bytes, self.filesystem.cat_file(self.path)))
 
     def read_range(self, first_byte: int, num_bytes: int) -> bytes:
         if num_bytes <= 0:
             return b""
         end = first_byte + num_bytes
-        return self._attempt(lambda: cast(bytes, self.filesystem.cat_file(self.path, start=first_byte, end=end)))
+        return self._attempt(
+            "read_range", lambda: cast(bytes, self.filesystem.cat_file(self.path, start=first_byte, end=end))
+        )
 
     def read_if_present(self) -> bytes | None:
         try:
-            return self._attempt(lambda: cast(bytes, self.filesystem.cat_file(self.path)), absent_ok=True)
+            return self._attempt(
+                "read_if_present", lambda: cast(bytes, self.filesystem.cat_file(self.path)), absent_ok=True
+            )
         except FileNotFoundError:
             return None
 
@@ -169,7 +173,7 @@ class RemoteLocation(Location):
 
     def write_replace(self, content: bytes, staging: Location) -> None:
         # One put: readers see the old object or the new one; nothing is staged.
-        self._attempt(lambda: self.filesystem.pipe_file(self.path, content))
+        self._attempt("write_replace", lambda: self.filesystem.pipe_file(self.path, content))
 
     def create_exclusive(self, content: bytes, staging: Location) -> None:
         """A conditional put, so of several writers one wins.
@@ -188,13 +192,13 @@ class RemoteLocation(Location):
                 raise
 
         try:
-            self._attempt(create)
+            self._attempt("create_exclusive", create)
         except FileExistsError as error:
             raise PartExists(f"{self} is there already") from error
 
     def remove(self) -> None:
         try:
-            self._attempt(lambda: self.filesystem.rm_file(self.path), absent_ok=True)
+            self._attempt("remove", lambda: self.filesystem.rm_file(self.path), absent_ok=True)
         except FileNotFoundError:
             return
 
@@ -205,13 +209,13 @@ class RemoteLocation(Location):
         destination = cast(RemoteLocation, target).path
         try:
             # Copy, then delete: a crash between leaves both, and the next move replaces the copy.
-            self._attempt(lambda: self.filesystem.cp_file(self.path, destination), absent_ok=True)
+            self._attempt("move_to", lambda: self.filesystem.cp_file(self.path, destination), absent_ok=True)
         except FileNotFoundError:
             return
         self.remove()
 
     def download_to(self, local_path: str) -> None:
-        self._attempt(lambda: self.filesystem.get_file(self.path, local_path))
+        self._attempt("download_to", lambda: self.filesystem.get_file(self.path, local_path))
 
     @property
     def can_append(self) -> bool:
@@ -235,8 +239,8 @@ class RemoteLocation(Location):
         self.filesystem.invalidate_cache()
         return self.filesystem
 
-    def _attempt(self, operation: Callable[[], Result], *, absent_ok: bool = False) -> Result:
-        return attempt(operation, self.uri, self.blames, self.policy, absent_ok=absent_ok)
+    def _attempt(self, name: str, operation: Callable[[], Result], *, absent_ok: bool = False) -> Result:
+        return attempt(name, operation, self.uri, self.blames, self.policy, absent_ok=absent_ok)
 
 
 class _RangeFile(io.RawIOBase):

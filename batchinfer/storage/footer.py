@@ -1,5 +1,8 @@
 """Parquet footers, read alone: what a file holds without reading what it holds."""
 
+import hashlib
+from collections.abc import Callable
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,14 +21,23 @@ def read_footer(location: Location, size_bytes: int) -> tuple[bytes, pq.FileMeta
 
     Raises ShardCorrupt when the file is no whole Parquet file.
     """
-    tail = location.read_range(max(0, size_bytes - _TAIL_BYTES), min(size_bytes, _TAIL_BYTES))
+    return _footer(location.read_range, size_bytes)
+
+
+def footer_of(content: bytes) -> pq.FileMetaData:
+    """What the footer of a whole file says. Raises ShardCorrupt when it is no whole Parquet file."""
+    return _footer(lambda first_byte, num_bytes: content[first_byte : first_byte + num_bytes], len(content))[1]
+
+
+def _footer(read_range: Callable[[int, int], bytes], size_bytes: int) -> tuple[bytes, pq.FileMetaData]:
+    tail = read_range(max(0, size_bytes - _TAIL_BYTES), min(size_bytes, _TAIL_BYTES))
     if len(tail) < _END_BYTES + len(_MAGIC) or tail[-4:] != _MAGIC:
         raise ShardCorrupt("no Parquet footer at its end: truncated, still being written, or no Parquet file")
     num_footer_bytes = int.from_bytes(tail[-_END_BYTES:-4], "little") + _END_BYTES
     if num_footer_bytes + len(_MAGIC) > size_bytes:
         raise ShardCorrupt(f"its footer claims {num_footer_bytes} bytes of {size_bytes}")
     if num_footer_bytes > len(tail):
-        tail = location.read_range(size_bytes - num_footer_bytes, num_footer_bytes)
+        tail = read_range(size_bytes - num_footer_bytes, num_footer_bytes)
     footer = tail[-num_footer_bytes:]
     try:
         metadata = pq.read_metadata(pa.BufferReader(footer))
@@ -34,6 +46,21 @@ def read_footer(location: Location, size_bytes: int) -> tuple[bytes, pq.FileMeta
     if _num_bytes_of_rows(metadata) > size_bytes - num_footer_bytes:
         raise ShardCorrupt("shorter than its footer says: bytes are missing before the footer")
     return footer, metadata
+
+
+def shard_id(path: str, size_bytes: int, footer: bytes) -> str:
+    """The identity of an input file: its path relative to the input root, its size, and its footer's bytes."""
+    return hashlib.sha256(f"{path}\0{size_bytes}\0".encode() + footer).hexdigest()[:16]
+
+
+def key_values(metadata: pq.FileMetaData) -> dict[str, str]:
+    """batchinfer's own key-value pairs of a footer, without their prefix."""
+    prefix = b"batchinfer."
+    return {
+        key.removeprefix(prefix).decode(errors="replace"): value.decode(errors="replace")
+        for key, value in (metadata.metadata or {}).items()
+        if key.startswith(prefix)
+    }
 
 
 def _num_bytes_of_rows(metadata: pq.FileMetaData) -> int:

@@ -3,12 +3,14 @@
 ::
 
     completions/part-<unit id>.parquet   one committed unit each: the part's existence is the commit
-    errors/part-<unit id>.parquet        dead letters of a committed unit
-    _job/job.json                        resolved job, fingerprint, versions
+    errors/part-<unit id>.parquet        why rows are missing in the completions part, which alone says that they are
+    _job/job.json                        resolved job, fingerprint, versions, retries of dead letters
     _job/plan.parquet                    shards, from which the units follow
     _job/lease.json                      which run holds the output
+    _job/journal/<unit id>/*.arrow       what a unit in flight has generated so far (``journal``)
     _job/runs/<run id>.jsonl             events of a run (object stores: <run id>-<k>.jsonl)
     _job/superseded/{completions,errors}/  parts of shards that the input holds no longer in that form
+    _job/chaos/                          what `run --chaos` has killed (see ``chaos_faults``)
     _job/tmp/                            bytes on their way to their name; local outputs only
 
 Every function takes the output directory as a Location.
@@ -16,22 +18,22 @@ Every function takes the output directory as a Location.
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.errors import OutputError, ShardCorrupt
+from batchinfer.errors import OutputError
 from batchinfer.records import FORMAT_VERSION, Plan, Shard, UnreadableShard, WorkUnit
 from batchinfer.redact import redact
-from batchinfer.storage.footer import read_footer
+from batchinfer.storage import checksums
 from batchinfer.storage.location import FoundFile, Location
 
 COMPLETIONS: Final = "completions"
 ERRORS: Final = "errors"
 JOB: Final = "_job"
+JOURNAL: Final = f"{JOB}/journal"
 RUNS: Final = f"{JOB}/runs"
 SUPERSEDED: Final = f"{JOB}/superseded"
 
@@ -40,7 +42,6 @@ _PLAN_FILE: Final = f"{JOB}/plan.parquet"
 _LEASE_FILE: Final = f"{JOB}/lease.json"
 _STAGING: Final = f"{JOB}/tmp"
 
-_FOOTER_THREADS: Final = 16
 #: The one spelling of a unit id; a name that reads alike but differs in a digit's padding is not one.
 _UNIT_ID = re.compile(r"(?P<shard>[0-9a-f]{16})-(?P<first>\d{9,})-(?P<rows>[1-9]\d*)")
 
@@ -91,6 +92,13 @@ def errors_part(output: Location, unit_id: str) -> Location:
     return output.child(f"{ERRORS}/{part_name(unit_id)}")
 
 
+def journal_directory(output: Location, unit_id: str) -> Location:
+    """Where the segments of the unit's journal are, while it has one."""
+    if parse_unit_id(unit_id) is None:
+        raise OutputError(f"{unit_id!r} is no unit id; journals are named by unit ids alone")
+    return output.child(f"{JOURNAL}/{unit_id}")
+
+
 def staging(output: Location) -> Location:
     """Where local writes are prepared: same filesystem, outside completions/."""
     return output.child(_STAGING)
@@ -106,27 +114,14 @@ def part_names(output: Location, directory: str) -> set[str]:
     return output.child(directory).names()
 
 
+def parts(output: Location, directory: str) -> dict[str, FoundFile]:
+    """The parts in completions/ or errors/ by unit id, by one listing; other files are left out."""
+    return {unit_id: file for file in output.child(directory).files() if (unit_id := unit_id_of(file.name)) is not None}
+
+
 def committed_units(output: Location) -> set[str]:
     """Ids of the units that are committed now, by one listing of completions/; other files are ignored."""
     return {unit_id for name in part_names(output, COMPLETIONS) if (unit_id := unit_id_of(name)) is not None}
-
-
-def count_dead_letters(output: Location, committed: Collection[str]) -> int:
-    """Rows in the errors parts of these units, read from the footers in parallel.
-
-    Raises OutputError for an errors part that is no whole Parquet file.
-    """
-    files = [file for file in output.child(ERRORS).files() if unit_id_of(file.name) in committed]
-
-    def num_rows(file: FoundFile) -> int:
-        place = output.child(ERRORS).child(file.name)
-        try:
-            return read_footer(place, file.size_bytes)[1].num_rows
-        except ShardCorrupt as error:
-            raise OutputError(f"{place}: {error}; run `batchinfer verify` on the output") from error
-
-    with ThreadPoolExecutor(max_workers=_FOOTER_THREADS, thread_name_prefix="footer") as pool:
-        return sum(pool.map(num_rows, files))
 
 
 def check_usable(output: Location) -> None:
@@ -167,13 +162,17 @@ def set_aside(output: Location, unit_ids: Iterable[str]) -> None:
 
 
 def read_job(output: Location) -> dict[str, Any] | None:
-    """job.json as written, or None when the output holds no job. OutputError when it cannot be understood."""
+    """job.json as it was given to ``write_job``, with ``format_version``; None when the output holds no job.
+
+    Raises OutputError when it cannot be understood or is not as it was written.
+    """
     place = output.child(_JOB_FILE)
     content = place.read_if_present()
     if content is None:
         return None
     try:
-        job = json.loads(content)
+        text = content.decode()
+        job = json.loads(text)
     except ValueError as error:
         raise OutputError(
             f"{place}: not readable as JSON ({error}); restore it or choose another output.path"
@@ -184,13 +183,21 @@ def read_job(output: Location) -> dict[str, Any] | None:
             f"{place}: format_version is {version!r}, this batchinfer reads {FORMAT_VERSION}; "
             "use the batchinfer version that wrote it or choose another output.path"
         )
+    if not checksums.holds_in_json(text, job.pop("checksum", None)):
+        raise OutputError(
+            f"{place}: its checksum does not hold: it was changed by hand or by failing storage; restore it or choose "
+            "another output.path"
+        )
     return dict(job)
 
 
 def write_job(output: Location, job: Mapping[str, Any]) -> None:
-    """Write job.json in one atomic step; ``format_version`` is added. The caller leaves credentials out."""
+    """Write job.json in one atomic step; ``format_version`` and a checksum are added.
+
+    The caller leaves credentials out.
+    """
     content = json.dumps({"format_version": FORMAT_VERSION, **job}, indent=2, ensure_ascii=False, sort_keys=False)
-    output.child(_JOB_FILE).write_replace(content.encode() + b"\n", staging(output))
+    output.child(_JOB_FILE).write_replace(checksums.add_to_json(content).encode(), staging(output))
 
 
 def write_plan(output: Location, plan: Plan) -> None:
@@ -222,7 +229,7 @@ def write_plan(output: Location, plan: Plan) -> None:
     ]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=_PLAN_SCHEMA), sink, compression="zstd")
-    output.child(_PLAN_FILE).write_replace(sink.getvalue().to_pybytes(), staging(output))
+    output.child(_PLAN_FILE).write_replace(checksums.add_to_parquet(sink.getvalue().to_pybytes()), staging(output))
 
 
 def read_plan(output: Location) -> Plan | None:
@@ -233,6 +240,8 @@ def read_plan(output: Location) -> Plan | None:
         return None
     try:
         rows = pq.read_table(pa.BufferReader(content)).cast(_PLAN_SCHEMA).to_pylist()
+        if not checksums.holds_in_parquet(content):
+            raise ValueError("its checksum does not hold")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise OutputError(f"{place}: damaged ({error}); remove it and run again to plan anew") from error
     present = _shards(rows, "present")

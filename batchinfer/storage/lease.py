@@ -3,6 +3,8 @@
 The lease saves work and confusion; it is not what keeps rows single. Commits are exclusive by themselves, so a
 run that was paused for an hour and still believes in its lease can waste GPU time, not damage the output.
 
+A run that was told to takes over a live lease in the same way; the run it takes it from sees that at its next beat.
+
 Taking over a stale lease needs an arbiter, for storage has no compare-and-swap that all backends share. A
 candidate creates ``lease-claim-<epoch>.json`` exclusively, looks again that the lease is still the stale one it
 judged, writes the lease under the new epoch and removes the claims up to it. A crash between claim and lease
@@ -75,6 +77,10 @@ class LeaseRecord:
         return silence.total_seconds() <= self.timeout_s
 
 
+#: Whether a holder is to be believed alive, at a time, by an observer.
+_IsLive = Callable[[LeaseRecord, datetime, Process], bool]
+
+
 @dataclass(slots=True)
 class Lease:
     """A lease this run has acquired. Beat it from one thread, several times per ``timeout_s``."""
@@ -112,6 +118,21 @@ def acquire(output: Location, run_id: str, timeout_s: float, clock: Clock = lamb
     A lease is taken over when its process is known to be gone (same machine), or when it has not beaten for the
     timeout it was acquired with; clocks of different machines may differ by less than that.
     """
+    return _acquire(output, run_id, timeout_s, clock, LeaseRecord.is_live)
+
+
+def take_over(output: Location, run_id: str, timeout_s: float, clock: Clock = lambda: datetime.now(UTC)) -> Lease:
+    """Hold ``output`` for ``run_id`` whoever holds it now, live or not; that run stops at its next beat.
+
+    Until then its replicas may commit units, which is what any replica of this job may do.
+
+    Raises:
+        LeaseHeld: others took it over as often as this run did; one of them has it.
+    """
+    return _acquire(output, run_id, timeout_s, clock, lambda record, now, observer: False)
+
+
+def _acquire(output: Location, run_id: str, timeout_s: float, clock: Clock, is_live: _IsLive) -> Lease:
     observer = Process.current()
     for _ in range(_MAX_ROUNDS):
         now = clock()
@@ -126,9 +147,9 @@ def acquire(output: Location, run_id: str, timeout_s: float, clock: Clock = lamb
             return Lease(output, fresh, clock)
         if current.run_id == run_id and current.process == observer:
             return Lease(output, current, clock)
-        if current.is_live(now, observer):
+        if is_live(current, now, observer):
             raise LeaseHeld(_held(output, current))
-        taken = _take_over(output, current, fresh, now)
+        taken = _take_over(output, current, fresh, now, is_live)
         if taken is not None:
             return Lease(output, taken, clock)
     raise LeaseHeld(f"{output}: several runs are trying to start on it; wait until one has it")
@@ -139,14 +160,16 @@ def read_lease(output: Location) -> LeaseRecord | None:
     return _read(lease_file(output))
 
 
-def _take_over(output: Location, stale: LeaseRecord, fresh: LeaseRecord, now: datetime) -> LeaseRecord | None:
+def _take_over(
+    output: Location, stale: LeaseRecord, fresh: LeaseRecord, now: datetime, is_live: _IsLive
+) -> LeaseRecord | None:
     """The new lease, or None when somebody moved meanwhile and the situation must be looked at anew."""
     epoch = stale.epoch + 1
     for claimed_epoch in _claimed_epochs(output):
         claim = _read(_claim(output, claimed_epoch))
         if claim is None:
             continue
-        if claim.epoch > stale.epoch and claim.is_live(now, fresh.process):
+        if claim.epoch > stale.epoch and is_live(claim, now, fresh.process):
             raise LeaseHeld(_held(output, claim))
         epoch = max(epoch, claim.epoch + 1)
     fresh = replace(fresh, epoch=epoch)
@@ -179,8 +202,8 @@ def _claim(output: Location, epoch: int) -> Location:
 
 def _held(output: Location, record: LeaseRecord) -> str:
     return (
-        f"{output}: held by {_holder(record)}; stop that run, wait for it, or (if it is dead) try again "
-        f"{record.timeout_s:g} s after its last heartbeat"
+        f"{output}: held by {_holder(record)}; stop that run, wait for it, try again {record.timeout_s:g} s after its "
+        "last heartbeat (if it is dead), or run with --takeover, which makes it stop"
     )
 
 

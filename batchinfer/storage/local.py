@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 
@@ -42,22 +42,22 @@ class LocalLocation(Location):
         return LocalLocation(os.path.join(self.path, checked_name(name, self.path)), self.blames, self.policy)
 
     def is_file(self) -> bool:
-        return self._attempt(lambda: stat.S_ISREG(self._mode()))
+        return self._attempt("is_file", lambda: stat.S_ISREG(self._mode()))
 
     def is_directory(self) -> bool:
-        return self._attempt(lambda: stat.S_ISDIR(self._mode()))
+        return self._attempt("is_directory", lambda: stat.S_ISDIR(self._mode()))
 
     def size_bytes(self) -> int:
-        return self._attempt(lambda: os.stat(self.path).st_size)
+        return self._attempt("size_bytes", lambda: os.stat(self.path).st_size)
 
     def names(self) -> set[str]:
         try:
-            return self._attempt(lambda: set(os.listdir(self.path)), absent_ok=True)
+            return self._attempt("names", lambda: set(os.listdir(self.path)), absent_ok=True)
         except FileNotFoundError:
             return set()
 
     def files(self) -> list[FoundFile]:
-        return self._attempt(lambda: sorted(_walk(self.path, ""), key=lambda file: file.name))
+        return self._attempt("files", lambda: sorted(_walk(self.path, ""), key=lambda file: file.name))
 
     def glob(self, pattern: str) -> list[FoundFile]:
         def matching() -> list[FoundFile]:
@@ -65,10 +65,10 @@ class LocalLocation(Location):
             paths = [(name, os.path.join(self.path, name)) for name in sorted(found)]
             return [FoundFile(name, os.path.getsize(path)) for name, path in paths if os.path.isfile(path)]
 
-        return self._attempt(matching)
+        return self._attempt("glob", matching)
 
     def read_bytes(self) -> bytes:
-        return self._attempt(lambda: _read(self.path))
+        return self._attempt("read_bytes", lambda: _read(self.path))
 
     def read_range(self, first_byte: int, num_bytes: int) -> bytes:
         def read() -> bytes:
@@ -76,25 +76,25 @@ class LocalLocation(Location):
                 file.seek(first_byte)
                 return file.read(num_bytes)
 
-        return self._attempt(read)
+        return self._attempt("read_range", read)
 
     def read_if_present(self) -> bytes | None:
         try:
-            return self._attempt(lambda: _read(self.path), absent_ok=True)
+            return self._attempt("read_if_present", lambda: _read(self.path), absent_ok=True)
         except FileNotFoundError:
             return None
 
     def open_random(self) -> pa.NativeFile:
-        return self._attempt(lambda: pa.OSFile(self.path, "rb"))
+        return self._attempt("open_random", lambda: pa.OSFile(self.path, "rb"))
 
     def write_replace(self, content: bytes, staging: Location) -> None:
         def replace() -> None:
-            with self._staged(content, staging) as temporary:
+            with self._staged(content, staging, "write_replace") as temporary:
                 os.replace(temporary, self.path)
                 # A crash before this line may still show the old file after a power loss, never a torn one.
                 _sync_directory(os.path.dirname(self.path))
 
-        self._attempt(replace)
+        self._attempt("write_replace", replace)
 
     def create_exclusive(self, content: bytes, staging: Location) -> None:
         """link() refuses to replace, so of several writers one wins.
@@ -104,7 +104,7 @@ class LocalLocation(Location):
         """
 
         def create() -> None:
-            with self._staged(content, staging) as temporary:
+            with self._staged(content, staging, "create_exclusive") as temporary:
                 try:
                     os.link(temporary, self.path)
                 except FileExistsError:
@@ -118,7 +118,7 @@ class LocalLocation(Location):
                 _sync_directory(os.path.dirname(self.path))
 
         try:
-            self._attempt(create)
+            self._attempt("create_exclusive", create)
         except FileExistsError as error:
             raise PartExists(f"{self.path} is there already") from error
 
@@ -128,7 +128,7 @@ class LocalLocation(Location):
                 os.unlink(self.path)
                 _sync_directory(os.path.dirname(self.path))
 
-        self._attempt(unlink)
+        self._attempt("remove", unlink)
 
     def remove_empty_directory(self) -> None:
         def remove() -> None:
@@ -138,7 +138,7 @@ class LocalLocation(Location):
                 if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR}:
                     raise
 
-        self._attempt(remove)
+        self._attempt("remove_empty_directory", remove)
 
     def move_to(self, target: Location) -> None:
         destination = target.uri
@@ -150,22 +150,28 @@ class LocalLocation(Location):
                 _sync_directory(os.path.dirname(destination))
                 _sync_directory(os.path.dirname(self.path))
 
-        self._attempt(move)
+        self._attempt("move_to", move)
 
     def download_to(self, local_path: str) -> None:
-        self._attempt(lambda: shutil.copyfile(self.path, local_path))
+        self._attempt("download_to", lambda: shutil.copyfile(self.path, local_path))
 
     @property
     def can_append(self) -> bool:
         return True
 
     def append(self, content: bytes) -> None:
+        end_bytes: int | None = None
+
         def add() -> None:
+            nonlocal end_bytes
             _make_directory(os.path.dirname(self.path))
             with open(self.path, "ab") as file:
-                file.write(content)
+                end_bytes = file.tell() if end_bytes is None else end_bytes
+                # What is behind it comes from a try of ours that failed: a file has one appending process.
+                file.truncate(end_bytes)
+                self._write(file, content, "append")
 
-        self._attempt(add)
+        self._attempt("append", add)
 
     def _mode(self) -> int:
         try:
@@ -174,23 +180,42 @@ class LocalLocation(Location):
             return 0
 
     @contextmanager
-    def _staged(self, content: bytes, staging: Location) -> Iterator[str]:
+    def _staged(self, content: bytes, staging: Location, operation: str) -> Iterator[str]:
         """``content`` synced to a file in ``staging``, which is gone afterwards; a crash inside leaves it there."""
         _make_directory(staging.uri)
         _make_directory(os.path.dirname(self.path))
         temporary = os.path.join(staging.uri, f"{os.path.basename(self.path)}.{uuid.uuid4().hex}")
         try:
             with open(temporary, "xb") as file:
-                file.write(content)
+                self._write(file, content, operation)
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        except Exception:
+            _unlink(temporary)
+            raise
+        else:
+            # Not in a finally: a simulated crash, which is no Exception, leaves the file as a real one does.
+            _unlink(temporary)
 
-    def _attempt(self, operation: Callable[[], Result], *, absent_ok: bool = False) -> Result:
-        return attempt(operation, self.path, self.blames, self.policy, absent_ok=absent_ok)
+    def _write(self, file: BinaryIO, content: bytes, operation: str) -> None:
+        faults = self.policy.faults
+        if faults is None:
+            file.write(content)
+            return
+        half = len(content) // 2
+        file.write(content[:half])
+        file.flush()
+        faults.halfway(operation, self.path)
+        file.write(content[half:])
+
+    def _attempt(self, name: str, operation: Callable[[], Result], *, absent_ok: bool = False) -> Result:
+        return attempt(name, operation, self.path, self.blames, self.policy, absent_ok=absent_ok)
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _read(path: str) -> bytes:

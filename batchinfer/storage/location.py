@@ -112,7 +112,7 @@ class Location(ABC):
 
     @abstractmethod
     def append(self, content: bytes) -> None:
-        """Add to the file's end, making it; a crash may leave a part of ``content``."""
+        """Add to the file's end, making it; a crash may leave a part of ``content``. One process at a time."""
 
 
 def checked_name(name: str, parent: str) -> str:

@@ -12,12 +12,12 @@ import pytest
 from batchinfer.audit import verify
 from batchinfer.errors import InputError, LeaseHeld, LeaseLost, OutputError, PartExists, StorageUnavailable
 from batchinfer.planner import merge_plans, plan_input
+from batchinfer.storage.dead_letters import count_dead_letters
 from batchinfer.storage.events import open_event_log, read_events
 from batchinfer.storage.filesystem import download_tree, locate
 from batchinfer.storage.layout import (
     committed_units,
     completions_part,
-    count_dead_letters,
     errors_part,
     read_plan,
     set_aside,
@@ -151,7 +151,7 @@ def test_a_job_from_plan_to_verify_with_resume_and_a_changed_shard(
         31,
         4,
     )
-    assert count_dead_letters(output, committed_units(output)) == 4
+    assert count_dead_letters(output) == 4
     before = read_plan(output)
     assert before is not None
     assert before.units == found.plan.units

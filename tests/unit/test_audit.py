@@ -15,6 +15,7 @@ from batchinfer.audit import VerifyReport, verify
 from batchinfer.errors import OutputError
 from batchinfer.planner import merge_plans
 from batchinfer.records import Plan, UnreadableShard, WorkUnit
+from batchinfer.storage.checksums import add_to_parquet, read_label
 from batchinfer.storage.filesystem import locate
 from batchinfer.storage.layout import completions_part, errors_part, staging, write_plan
 from batchinfer.storage.location import Location
@@ -99,12 +100,15 @@ def test_a_lost_row_is_caught(tmp_path: Path) -> None:
     assert plan.units[0].row_id(0) in report.findings[0].detail
 
 
-def test_a_lost_errors_part_is_caught(tmp_path: Path) -> None:
-    output, plan = finished_job(tmp_path, dead=[2, 3])
+def test_a_lost_errors_part_loses_reasons_and_no_row(tmp_path: Path) -> None:
+    output, plan = finished_job(tmp_path, dead=[2, 3, 7])
     errors_part(output, plan.units[0].unit_id).remove()
     report = verify(output.uri)
-    assert found(report) == [("missing_row", part_of(plan.units[0]))]
-    assert report.findings[0].detail.startswith("2 rows: ")
+    assert found(report) == [("missing_reason", part_of(plan.units[0]))]
+    assert report.findings[0].detail.startswith("3 rows: ")
+    shard_id = plan.units[0].shard_id
+    assert report.findings[0].rows == (f"{shard_id}:2-3", f"{shard_id}:7")
+    assert (report.verdict, report.num_dead_letters) == ("complete_with_dead_letters", 3)
 
 
 def test_a_row_in_completions_and_errors_is_caught(tmp_path: Path) -> None:
@@ -123,7 +127,12 @@ def test_a_row_in_completions_and_errors_is_caught(tmp_path: Path) -> None:
 
 def test_a_dead_letter_twice_is_caught(tmp_path: Path) -> None:
     output, plan = finished_job(tmp_path, dead=[2])
-    rewrite(errors_part(output, plan.units[0].unit_id), lambda table: pa.concat_tables([table, table]))
+    place = errors_part(output, plan.units[0].unit_id)
+    label = read_label(place, place.size_bytes())
+    rewrite(place, lambda table: pa.concat_tables([table, table]))
+    assert found(verify(output.uri)) == [("unfit_errors_part", f"errors/part-{plan.units[0].unit_id}.parquet")]
+    # As only batchinfer itself could have written it.
+    local_path(place).write_bytes(add_to_parquet(place.read_bytes(), label or b""))
     assert found(verify(output.uri)) == [("duplicated_row", f"errors/part-{plan.units[0].unit_id}.parquet")]
 
 
@@ -182,7 +191,9 @@ def test_a_truncated_errors_part_is_caught(tmp_path: Path) -> None:
     output, plan = finished_job(tmp_path, dead=[2])
     path = local_path(errors_part(output, plan.units[0].unit_id))
     path.write_bytes(path.read_bytes()[:-10])
-    assert found(verify(output.uri)) == [("damaged_part", f"errors/part-{plan.units[0].unit_id}.parquet")]
+    report = verify(output.uri)
+    assert found(report) == [("unfit_errors_part", f"errors/part-{plan.units[0].unit_id}.parquet")]
+    assert (report.exit_code, report.num_dead_letters, report.dead_letters_by_type) == (3, 1, {"reason_lost": 1})
 
 
 def test_a_part_under_another_units_name_is_caught(tmp_path: Path) -> None:
@@ -253,10 +264,10 @@ def test_the_wrong_errors_part_of_a_crashed_repair_is_caught(tmp_path: Path) -> 
     publish(other, plan, plan.units[0], dead=[2, 3])
     unit_id = plan.units[0].unit_id
     errors_part(output, unit_id).write_replace(errors_part(other, unit_id).read_bytes(), staging(output))
-    assert found(verify(output.uri)) == [
-        ("row_in_both", part_of(plan.units[0])),
-        ("missing_row", part_of(plan.units[0])),
-    ]
+    report = verify(output.uri)
+    assert found(report) == [("unfit_errors_part", f"errors/part-{unit_id}.parquet")]
+    assert (report.verdict, report.exit_code) == ("incomplete", 3)
+    assert report.dead_letters_by_type == {"too_long": 1, "reason_lost": 1}
 
 
 def test_leftovers_of_a_changed_shard_are_named(tmp_path: Path) -> None:

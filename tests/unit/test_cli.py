@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ from batchinfer.cli import main
 from batchinfer.cluster.result import JobResult
 from batchinfer.progress import LineProgress
 from batchinfer.storage.filesystem import locate
+from batchinfer.storage.layout import completions_part
 from tests.jobs import command, job_values, model_without_weights, write_input, write_job_file
 from tests.outputs import begin_job, finished_job, planned, publish, write_shard
 
 COMMANDS = sorted(main.commands)
+#: Commands that take a job file; the others take an output.
+ON_JOBS = ("plan", "retry-failed", "run")
 #: Class -> the exit code that the tree in ``errors`` promises for it.
 EXIT_CODES = {
     "SpecError": 2,
@@ -64,7 +70,7 @@ def failing_status(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Non
 def test_the_group_lists_every_command() -> None:
     result = command("--help")
     assert result.exit_code == 0
-    assert COMMANDS == ["plan", "run", "show", "status", "verify"]
+    assert COMMANDS == ["export", "plan", "report", "retry-failed", "run", "show", "status", "verify"]
     for name in COMMANDS:
         assert f"\n  {name} " in result.stdout
 
@@ -74,10 +80,10 @@ def test_the_group_lists_every_command() -> None:
 def test_every_command_has_help_and_json(name: str, flag: str) -> None:
     result = command(name, flag)
     assert result.exit_code == 0
-    assert f"Usage: main {name} [OPTIONS] {'JOB' if name in ('run', 'plan') else 'OUTPUT'}" in result.stdout
+    assert f"Usage: main {name} [OPTIONS] {'JOB' if name in ON_JOBS else 'OUTPUT'}" in result.stdout
     assert "--json" in result.stdout
-    assert ("--set KEY=VALUE" in result.stdout) == (name in ("run", "plan"))
-    assert ("--storage-options" in result.stdout) == (name not in ("run", "plan"))
+    assert ("--set KEY=VALUE" in result.stdout) == (name in ON_JOBS)
+    assert ("--storage-options" in result.stdout) == (name not in ON_JOBS)
 
 
 def test_the_version_is_said() -> None:
@@ -122,19 +128,53 @@ def test_a_rejected_row_that_reaches_the_top_ends_with_3(monkeypatch: pytest.Mon
     assert (result.exit_code, result.stderr) == (3, "Error: too_long: 4097 tokens\n")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), KeyboardInterrupt()])
-def test_what_nobody_foresaw_never_ends_with_1(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_what_nobody_foresaw_never_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 says that the job is finished with dead letters, which is also what Python and click say by default."""
-    failing_status(monkeypatch, error)
+    failing_status(monkeypatch, RuntimeError("a mistake of ours"))
     result = command("status", "out", "--json")
     assert result.exit_code == 3
-    assert only_object(result)["error_type"] == type(error).__name__
-    assert ("Traceback" in result.stderr) == isinstance(error, RuntimeError)
+    assert only_object(result)["error_type"] == "RuntimeError"
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_a_run_ends_with_3(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """While heavy packages are imported, say."""
+
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("batchinfer.report.read_status", interrupted)
+    result = command("status", "out", "--json")
+    assert result.exit_code == 3
+    assert only_object(result)["error_type"] == "RunInterrupted"
+    assert "run the same command again" in result.stderr
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failing_status(monkeypatch, BrokenPipeError())
     assert command("status", "out").exit_code == 0
+
+
+def test_verify_deep_reads_all_and_says_so(tmp_path: Path) -> None:
+    output, plan = finished_job(tmp_path, dead=[1])
+    whole = command("verify", str(output), "--deep")
+    assert whole.exit_code == 1
+    assert "checksums taken" in whole.stdout
+    place = completions_part(output, plan.units[1].unit_id)
+    content = bytearray(place.read_bytes())
+    content[60] ^= 1
+    Path(place.uri).write_bytes(content)
+    (tmp_path / "in" / "a.parquet").unlink()
+    assert command("verify", str(output)).exit_code == 1
+    spoilt = json.loads(command("verify", str(output), "--deep", "--json").stdout)
+    assert (spoilt["verdict"], [finding["kind"] for finding in spoilt["findings"]]) == ("damaged", ["damaged_part"])
+    assert [remark["kind"] for remark in spoilt["remarks"]] == ["input_out_of_reach"]
+    wrong = command("verify", str(output), "--deep", "--input-storage-options", "{")
+    assert (wrong.exit_code, "not valid JSON" in wrong.stderr) == (2, True)
 
 
 def test_the_code_of_verify_is_its_verdicts(tmp_path: Path) -> None:
@@ -190,7 +230,7 @@ def test_run_ends_with_the_code_of_its_result(
 ) -> None:
     seen: list[object] = []
 
-    def run(*arguments: object) -> JobResult:
+    def run(*arguments: object, **options: object) -> JobResult:
         seen.extend(arguments)
         return result_of(**values)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchinfer.audit import Finding, VerifyReport, verify
+from batchinfer.audit import Finding, Remark, VerifyReport, verify
 from batchinfer.cli_text import (
     plan_json,
     print_plan,
@@ -185,6 +185,11 @@ def test_the_verdict_comes_first_and_the_findings_by_kind(tmp_path: Path, capsys
     assert "part-0[x]: row 3" in lines
     assert sum(line.startswith("part-") for line in lines) == 10
     assert lines[-1] == "and 2 more (--json names all)"
+    remark = Remark("leftover_bytes", "_job/tmp", "2 files")
+    print_verification(replace(report, verdict="complete", remarks=(remark,), num_bytes_checked=12345))
+    lines = lines_of(capsys)
+    assert "checksums taken 12,345 bytes" in lines
+    assert lines[-2:] == ["leftover_bytes: 1", "_job/tmp: 2 files"]
 
 
 def test_rows_are_printed_as_the_model_wrote_them_but_shortened(capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,3 +229,8 @@ def test_the_prompt_of_a_row_is_what_a_person_would_call_it(
 ) -> None:
     print_rows([{**row, "completion": "answer"}])
     assert lines_of(capsys)[1] == prompt
+
+
+def test_tokens_from_journals_are_named_and_do_not_count_as_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(replace(RESULT, num_resumed_tokens=50_000))
+    assert "completion tokens 200,000 (1,500/s, 50,000 of them from journals)" in lines_of(capsys)

@@ -75,6 +75,17 @@ def test_a_list_keeps_its_order(root: Path) -> None:
     assert paths_of(plan) == ["b.parquet", "deep/y.parquet", "x.parquet"]
 
 
+@pytest.mark.parametrize("name", ["data[1]", "what?", "all*"])
+def test_a_directory_whose_name_looks_like_a_glob_is_that_directory(tmp_path: Path, name: str) -> None:
+    write_shard(tmp_path / name / "a.parquet", 3)
+    write_shard(tmp_path / "data1" / "b.parquet", 3)
+    write_shard(tmp_path / "whats" / "b.parquet", 3)
+    found = plan_input([str(tmp_path / name)], None, 10)
+    assert [shard.path for shard in found.plan.shards] == ["a.parquet"]
+    with pytest.raises(OutputError, match="lies inside"):
+        check_output_apart([str(tmp_path / name)], str(tmp_path / name / "out"))
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:
     write_shard(tmp_path / "in" / "part[1].parquet", 3)
     assert paths_of(planned(tmp_path / "in" / "part[1].parquet")) == ["part[1].parquet"]

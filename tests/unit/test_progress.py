@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from batchinfer.progress import LineProgress, LiveProgress, ProgressView, SilentProgress
-from batchinfer.telemetry import RunProgress
+from batchinfer.telemetry import EngineUse, RunProgress
 
 
 def look(elapsed_s: float, num_finished: int = 0, **values: Any) -> RunProgress:
@@ -34,7 +34,7 @@ def test_a_late_look_does_not_make_up_for_missed_lines(caplog: pytest.LogCapture
 
 
 def terminal() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None, legacy_windows=False)
+    return Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None, legacy_windows=False)
 
 
 def written(console: Console) -> str:
@@ -55,12 +55,14 @@ def test_the_bar_shows_rows_rates_replicas_dead_letters_and_the_time_left() -> N
             num_replicas_starting=1,
             num_dead_letters=4,
             eta_s=75.0,
+            engines=EngineUse(48, 64, kv_use=0.63, idle_share=0.02),
         )
     )
     view.close()
     shown = written(console)
     assert "250/1000" in shown
-    for piece in ("1,234 in 567 out tok/s", "3+1 starting replicas", "4 dead letters", "ETA 1m15s"):
+    pieces = ("1,234 in 567 out tok/s", "3+1 starting replicas", "batch 75%, KV 63%, idle 2%", "4 dead letters")
+    for piece in (*pieces, "ETA 1m15s"):
         assert piece in shown
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchinfer.redact import redact
+from batchinfer.redact import redact, without_query
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,15 @@ def test_credentials_are_hidden(uri: str, shown: str) -> None:
 )
 def test_what_holds_no_credential_is_unchanged(uri: str) -> None:
     assert redact(uri) == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://host/a.parquet?sig=abc/def&x=1", "https://host/a.parquet"),
+        ("s3://bucket/part-?.parquet", "s3://bucket/part-?.parquet"),
+        ("/mnt/a?b=c", "/mnt/a?b=c"),
+    ],
+)
+def test_a_query_is_no_part_of_a_name(uri: str, shown: str) -> None:
+    assert without_query(uri) == shown

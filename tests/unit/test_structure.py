@@ -24,6 +24,7 @@ LEVELS = {
     "job_problems": 3,
     "job_file": 3,
     "fingerprint": 3,
+    "chaos": 3,
     "storage": 4,
     "models": 5,
     "engine": 5,
@@ -32,7 +33,9 @@ LEVELS = {
     "planner": 6,
     "audit": 6,
     "report": 6,
+    "export": 6,
     "cluster": 7,
+    "chaos_run": 8,
     "cli_text": 8,
     "cli": 9,
     "__main__": 10,
@@ -51,7 +54,7 @@ STRANGERS = {
 }
 #: Who may import a heavy or foreign package.
 OWNERS = {
-    "ray": ("cluster/driver.py", "cluster/replica.py", "cluster/ray_cluster.py"),
+    "ray": ("cluster/replica_pool.py", "cluster/replica.py", "cluster/ray_cluster.py"),
     "fsspec": ("storage/filesystem.py",),
     "torch": ("engine/", "models/", "cluster/replica.py"),
     "triton": ("engine/",),

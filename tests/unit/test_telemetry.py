@@ -4,7 +4,15 @@ import logging
 
 import pytest
 
-from batchinfer.telemetry import RATE_WINDOW_S, RateMeter, RunProgress, configure_logging, duration, progress_line
+from batchinfer.telemetry import (
+    RATE_WINDOW_S,
+    EngineUse,
+    RateMeter,
+    RunProgress,
+    configure_logging,
+    duration,
+    progress_line,
+)
 
 
 def test_rates_need_two_readings() -> None:
@@ -82,6 +90,23 @@ def test_the_line_says_what_matters_and_leaves_out_what_is_not_there() -> None:
     line = progress_line(busy)
     assert "1,234 tok/s in" in line
     assert line.endswith("2 replicas (1 starting), 3 dead letters, ETA 1m15s")
+
+
+@pytest.mark.parametrize(
+    ("use", "text"),
+    [
+        (EngineUse(), ""),
+        (EngineUse(num_active=48, capacity=64), ", batch 75%"),
+        (
+            EngineUse(8, 8, kv_use=0.634, idle_share=0.02, padding_share=0.115, num_preemptions=1200),
+            ", batch 100%, KV 63%, padding 12%, idle 2%, 1,200 preemptions",
+        ),
+        (EngineUse(8, 8, kv_use=0.0, idle_share=0.0, padding_share=0.0), ", batch 100%, KV 0%, idle 0%"),
+    ],
+)
+def test_the_line_says_how_busy_the_engines_are(use: EngineUse, text: str) -> None:
+    line = progress_line(RunProgress(num_replicas_ready=2, engines=use))
+    assert line.partition("2 replicas")[2] == text
 
 
 def test_logging_goes_to_stderr_with_ours_at_info_and_others_at_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from batchinfer.cluster.engine_loop import EngineClosed, EngineFailed, EngineLoop
-from batchinfer.engine.engine import Generation, Sequence
+from batchinfer.cluster.engine_loop import EngineClosed, EngineFailed, EngineLoop, Snapshot
+from batchinfer.engine.engine import Generation, Partial, Sequence
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine, FakeEngineFault
 from batchinfer.records import Prompt, SamplingParams
 
@@ -195,4 +195,131 @@ def test_progress_can_be_asked_for_while_the_engine_idles_and_while_it_works(thr
     waiting.result(10)
     assert loop.stats().num_finished == 4
     assert loop.stats().num_prompt_tokens == 12
+    loop.close()
+
+
+def slow(tokens_per_step: int) -> FakeEngine:
+    """A fake engine that takes its rows a few tokens further with each step, at once."""
+    return FakeEngine(FakeBehaviour(tokens_per_s=tokens_per_step * 20), sleep=lambda seconds: None)
+
+
+def long_sequences(unit: str, count: int) -> list[Sequence]:
+    sampling = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    return [Sequence(Prompt(f"{unit}:{index}", (1, 2, index), sampling)) for index in range(count)]
+
+
+def test_every_caller_is_told_of_its_own_ends_once_and_of_how_far_the_others_are(threads: ThreadPoolExecutor) -> None:
+    loop = EngineLoop(slow(40), snapshot_interval_s=0.0)
+    told: dict[str, list[Snapshot]] = {"a": [], "b": []}
+    answers = {
+        unit: threads.submit(loop.generate, long_sequences(unit, 20), snapshots.append)
+        for unit, snapshots in told.items()
+    }
+    for unit, answer in answers.items():
+        generations = answer.result(10)
+        ended = [generation for snapshot in told[unit] for generation in snapshot.ended]
+        # The last ones come with the answer itself.
+        assert 0 < len(ended) < len(generations)
+        assert ended == generations[: len(ended)]
+        for snapshot in told[unit]:
+            assert {partial.sequence.prompt.row_id[0] for partial in snapshot.in_progress} <= {unit}
+            assert all(0 < len(partial.token_ids) < 40 for partial in snapshot.in_progress)
+        assert any(snapshot.in_progress for snapshot in told[unit])
+    loop.close()
+
+
+def test_work_that_ends_within_the_interval_is_told_of_by_its_end_alone() -> None:
+    loop = EngineLoop(slow(40), snapshot_interval_s=60.0)
+    told: list[Snapshot] = []
+    assert len(loop.generate(long_sequences("a", 5), told.append)) == 5
+    assert told == []
+    loop.close()
+
+
+def test_before_a_failure_leaves_its_caller_knows_what_had_ended() -> None:
+    class Dying(FakeEngine):
+        def step(self) -> list[Generation]:
+            if self.stats().num_finished >= 3:
+                raise RuntimeError("CUDA error")
+            return super().step()
+
+    loop = EngineLoop(Dying(capacity=1), snapshot_interval_s=60.0)
+    told: list[Snapshot] = []
+    with pytest.raises(EngineFailed):
+        loop.generate(sequences("a", 5), told.append)
+    assert [len(snapshot.ended) for snapshot in told] == [3]
+    loop.close()
+
+
+def test_a_close_tells_of_everything_up_to_the_step_it_waited_for(threads: ThreadPoolExecutor) -> None:
+    class Gated(FakeEngine):
+        def __init__(self) -> None:
+            super().__init__(FakeBehaviour(tokens_per_s=400.0), sleep=lambda seconds: None)
+            self.stepping, self.gate = threading.Event(), threading.Event()
+
+        def step(self) -> list[Generation]:
+            self.stepping.set()
+            assert self.gate.wait(10)
+            return super().step()
+
+    engine = Gated()
+    loop = EngineLoop(engine, snapshot_interval_s=60.0)
+    told: list[Snapshot] = []
+    waiting = threads.submit(loop.generate, long_sequences("a", 3), told.append)
+    assert engine.stepping.wait(10)
+    closing = threads.submit(loop.close)
+    wait_for_queued(loop, 1)
+    engine.gate.set()
+    closing.result(10)
+    with pytest.raises(EngineClosed):
+        waiting.result(10)
+    assert sum(len(partial.token_ids) for partial in told[0].in_progress) == 20
+    assert len(told) == 1
+
+
+def test_a_close_does_not_wait_longer_for_a_step_than_it_may(threads: ThreadPoolExecutor) -> None:
+    """1. a step hangs  2. the close gives up waiting for it, callers are woken  3. what the step brings is dropped"""
+    engine = GatedEngine()
+    loop = EngineLoop(engine, snapshot_interval_s=0.0)
+    told: list[Snapshot] = []
+    waiting = threads.submit(loop.generate, sequences("a", 3), told.append)
+    engine.wait_for_step()
+    loop.close(timeout_s=0.05)
+    with pytest.raises(EngineClosed):
+        waiting.result(10)
+    with pytest.raises(EngineClosed):
+        loop.generate(sequences("b", 1))
+    engine.open()
+    loop._thread.join(10)
+    assert not loop._thread.is_alive()
+    assert engine.closed
+    assert told == []
+
+
+def test_partials_that_cannot_be_had_do_not_hide_what_ended() -> None:
+    class Broken(FakeEngine):
+        def in_progress(self) -> list[Partial]:
+            raise RuntimeError("CUDA error")
+
+    loop = EngineLoop(Broken(capacity=1), snapshot_interval_s=0.0)
+    told: list[Snapshot] = []
+    with pytest.raises(EngineFailed):
+        loop.generate(sequences("a", 5), told.append)
+    assert [len(snapshot.ended) for snapshot in told] == [1]
+    loop.close()
+
+
+def test_time_without_work_is_counted_and_time_with_it_is_not(threads: ThreadPoolExecutor) -> None:
+    engine = GatedEngine()
+    loop = EngineLoop(engine)
+    time.sleep(0.05)
+    before_s = loop.idle_s
+    assert before_s >= 0.05
+    waiting = threads.submit(loop.generate, sequences("a", 1))
+    engine.wait_for_step()
+    busy_s = loop.idle_s
+    time.sleep(0.05)
+    assert loop.idle_s == busy_s
+    engine.open()
+    waiting.result(10)
     loop.close()

@@ -13,7 +13,7 @@ from batchinfer.cluster.lease_keeper import LeaseKeeper, new_run_id
 from batchinfer.errors import LeaseHeld, LeaseLost, StorageUnavailable
 from batchinfer.storage.filesystem import locate
 from batchinfer.storage.layout import lease_file, write_job
-from batchinfer.storage.lease import Lease, Process, read_lease
+from batchinfer.storage.lease import Lease, Process, read_lease, take_over
 from batchinfer.storage.location import Location
 from tests.outputs import memory_uri
 
@@ -129,3 +129,57 @@ def test_the_block_ends_without_waiting_for_the_next_beat(output: Location) -> N
     with keeper:
         pass
     assert not keeper._thread.is_alive()
+
+
+def test_a_run_that_was_stopped_for_longer_than_its_lease_looks_again_before_it_goes_on(
+    output: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its beating thread wakes no sooner than its loop, so the loop must not rely on it."""
+    now_s = [1000.0]
+    monkeypatch.setattr(lease_keeper, "_now_s", lambda: now_s[0])
+    keeper = LeaseKeeper(output, 60.0)
+    keeper.check()
+    with LeaseKeeper(output, 60.0, acquire=take_over) as winner:
+        now_s[0] += 59.0
+        keeper.check()
+        now_s[0] += 2.0
+        with pytest.raises(LeaseLost, match=f"taken over by run {winner.run_id}"):
+            keeper.check()
+        winner.check()
+
+
+def test_a_run_that_cannot_look_goes_on_and_looks_no_oftener_than_it_beats(
+    output: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it may do by then is what any zombie may do; commits are single by themselves."""
+    looks = []
+
+    def refused(lease: Lease) -> None:
+        looks.append(lease)
+        raise StorageUnavailable("503")
+
+    now_s = [1000.0]
+    monkeypatch.setattr(lease_keeper, "_now_s", lambda: now_s[0])
+    keeper = LeaseKeeper(output, 60.0)
+    monkeypatch.setattr(Lease, "heartbeat", refused)
+    now_s[0] += 61.0
+    for _ in range(5):
+        keeper.check()
+    assert len(looks) == 1
+    now_s[0] += 60.0 / lease_keeper.BEATS_PER_TIMEOUT + 1.0
+    keeper.check()
+    assert len(looks) == 2
+
+
+def test_a_lease_that_cannot_be_released_is_a_warning(
+    output: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the run came to has been said already."""
+
+    def refused(lease: Lease) -> None:
+        raise StorageUnavailable("503")
+
+    monkeypatch.setattr(Lease, "release", refused)
+    with LeaseKeeper(output, 60.0):
+        pass
+    assert "not released: 503; it goes stale after 60 s" in caplog.text

@@ -1,10 +1,14 @@
 """The counting of a run: rates, what is left, and totals that survive the replicas they came from."""
 
+from dataclasses import replace
+
 import pytest
 
+from batchinfer.cluster.messages import ReplicaProgress
 from batchinfer.cluster.tally import Tally
 from batchinfer.engine.engine import EngineStats
 from batchinfer.records import UnitResult
+from batchinfer.telemetry import EngineUse
 
 
 def tally(num_rows: int = 100, samples_per_row: int = 1, before: int = 0) -> Tally:
@@ -18,9 +22,18 @@ def tally(num_rows: int = 100, samples_per_row: int = 1, before: int = 0) -> Tal
     )
 
 
-def unit(num_rows: int = 10, num_dead_letters: int = 0, *, already_committed: bool = False) -> UnitResult:
+def counts(reporting: Tally, replica_id: int, stats: EngineStats, at_s: float = 0.0, idle_s: float = 0.0) -> None:
+    """A replica, ready at 0 with room for 10 sequences, reports."""
+    if replica_id not in reporting._live:
+        reporting.replica_ready(replica_id, 10, 0.0)
+    reporting.replica_reported(replica_id, ReplicaProgress(stats, idle_s=idle_s), at_s)
+
+
+def unit(
+    num_rows: int = 10, num_dead_letters: int = 0, *, unit_id: str = "unit", already_committed: bool = False
+) -> UnitResult:
     return UnitResult(
-        unit_id="unit",
+        unit_id=unit_id,
         num_rows=num_rows,
         num_completions=num_rows - num_dead_letters,
         num_dead_letters=num_dead_letters,
@@ -41,7 +54,7 @@ def stats(num_finished: int) -> EngineStats:
 def test_units_add_up() -> None:
     count = tally(before=20)
     count.unit_committed(0, unit(10, num_dead_letters=2))
-    count.unit_committed(1, unit(10, num_dead_letters=1))
+    count.unit_committed(1, unit(10, num_dead_letters=1, unit_id="other"))
     seen = count.progress(1.0, 1.0, num_ready=2, num_starting=1, num_given_up=3)
     assert (seen.num_rows, seen.num_rows_committed) == (100, 40)
     assert (seen.num_units, seen.num_units_committed) == (10, 4)
@@ -60,9 +73,9 @@ def test_a_unit_found_committed_counts_like_one_committed_now() -> None:
 
 def test_rates_and_the_time_left_come_from_the_readings_between_two_looks() -> None:
     count = tally(num_rows=100)
-    count.replica_reported(0, stats(0))
+    counts(count, 0, stats(0))
     assert count.progress(10.0, 0.0, 1, 0, 0).eta_s is None
-    count.replica_reported(0, stats(20))
+    counts(count, 0, stats(20))
     seen = count.progress(12.0, 2.0, 1, 0, 0)
     assert seen.prompt_tokens_per_s == pytest.approx(200)
     assert seen.completion_tokens_per_s == pytest.approx(300)
@@ -73,7 +86,7 @@ def test_rates_and_the_time_left_come_from_the_readings_between_two_looks() -> N
 def test_rates_are_of_the_last_half_minute_alone() -> None:
     count = tally(num_rows=10_000)
     for second in range(100):
-        count.replica_reported(0, stats(10 * min(second, 50)))
+        counts(count, 0, stats(10 * min(second, 50)))
         seen = count.progress(float(second), float(second), 1, 0, 0)
     assert seen.num_completion_tokens == 30 * 500
     assert seen.completion_tokens_per_s == 0.0
@@ -82,7 +95,7 @@ def test_rates_are_of_the_last_half_minute_alone() -> None:
 
 def test_finished_rows_are_those_not_committed_yet() -> None:
     count = tally()
-    count.replica_reported(0, stats(15))
+    counts(count, 0, stats(15))
     count.unit_committed(0, unit(10))
     seen = count.progress(1.0, 1.0, 1, 0, 0)
     assert (seen.num_rows_committed, seen.num_rows_finished) == (10, 5)
@@ -90,39 +103,39 @@ def test_finished_rows_are_those_not_committed_yet() -> None:
 
 def test_samples_of_a_row_count_as_one_row() -> None:
     count = tally(samples_per_row=4)
-    count.replica_reported(0, stats(19))
+    counts(count, 0, stats(19))
     assert count.progress(1.0, 1.0, 1, 0, 0).num_rows_finished == 4
 
 
 def test_rows_that_never_reached_the_engine_do_not_make_finished_rows_negative() -> None:
     count = tally()
-    count.replica_reported(0, stats(2))
+    counts(count, 0, stats(2))
     count.unit_committed(0, unit(10, num_dead_letters=8))
     assert count.progress(1.0, 1.0, 1, 0, 0).num_rows_finished == 0
 
 
 def test_a_dead_replica_takes_its_unfinished_rows_but_not_its_tokens() -> None:
     count = tally()
-    count.replica_reported(0, stats(25))
-    count.replica_reported(1, stats(5))
+    counts(count, 0, stats(25))
+    counts(count, 1, stats(5))
     count.unit_committed(0, unit(20))
     before = count.progress(1.0, 1.0, 2, 0, 0)
-    count.replica_died(0)
+    count.replica_gone(0, died=True)
     after = count.progress(2.0, 2.0, 1, 0, 0)
     assert before.num_completion_tokens == after.num_completion_tokens == 900
     assert (before.num_rows_finished, after.num_rows_finished) == (10, 5)
     assert after.num_rows_committed == 20
     assert count.num_replicas_died == 1
     # What the replica in its place reports starts at zero and adds to that.
-    count.replica_reported(2, stats(10))
+    counts(count, 2, stats(10))
     assert count.progress(3.0, 3.0, 2, 0, 0).num_completion_tokens == 1200
 
 
 def test_losing_unfinished_rows_never_shows_a_negative_rate() -> None:
     count = tally()
-    count.replica_reported(0, stats(50))
+    counts(count, 0, stats(50))
     count.progress(1.0, 1.0, 1, 0, 0)
-    count.replica_died(0)
+    count.replica_gone(0, died=True)
     seen = count.progress(2.0, 2.0, 0, 1, 0)
     assert seen.completion_tokens_per_s == 0.0
     assert seen.eta_s is None
@@ -130,5 +143,61 @@ def test_losing_unfinished_rows_never_shows_a_negative_rate() -> None:
 
 def test_a_replica_may_die_before_it_ever_reported() -> None:
     count = tally()
-    count.replica_died(7)
+    count.replica_gone(7, died=True)
     assert count.progress(1.0, 1.0, 0, 1, 0).num_completion_tokens == 0
+
+
+def test_a_unit_that_two_replicas_were_given_counts_once() -> None:
+    """One was given up for dead, or drained, when it had just committed; the other one found the part."""
+    count = tally()
+    count.unit_committed(0, unit(10))
+    count.unit_committed(1, unit(10, already_committed=True))
+    assert (count.num_rows_committed, count.num_units_committed, count.num_completions) == (10, 1, 10)
+
+
+def test_a_drained_replica_leaves_its_tokens_and_did_not_die() -> None:
+    count = tally()
+    counts(count, 0, stats(5))
+    count.replica_gone(0, died=False)
+    assert count.num_replicas_died == 0
+    assert count.progress(1.0, 1.0, 0, 0, 0).num_completion_tokens == 150
+
+
+def test_how_busy_the_engines_are_is_summed_over_the_living_replicas() -> None:
+    count = tally()
+    used = EngineStats(num_active=9, num_places=100, num_places_used=80, num_preemptions=2, num_prefix_hits=3)
+    counts(count, 0, replace(used, num_prompt_tokens=60, num_completion_tokens=20, num_padding_tokens=20), 10.0, 1.0)
+    counts(count, 1, replace(used, num_active=2, num_places_used=20), 10.0, 4.0)
+    counts(count, 2, used, 10.0, 10.0)
+    count.replica_gone(2, died=True)
+    use = count.progress(10.0, 10.0, 2, 0, 0).engines
+    assert (use.num_active, use.capacity, use.num_preemptions, use.num_prefix_hits) == (11, 20, 4, 6)
+    assert (use.kv_use, use.padding_share, use.idle_share) == (0.5, 0.2, pytest.approx(0.25))
+
+
+def test_before_any_replica_reports_there_is_no_use_to_show() -> None:
+    count = tally()
+    assert count.progress(1.0, 1.0, 0, 1, 0).engines == EngineUse()
+    count.replica_ready(0, 10, 1.0)
+    use = count.progress(1.0, 1.0, 1, 0, 0).engines
+    assert (use.capacity, use.kv_use, use.idle_share, use.padding_share) == (10, None, None, None)
+
+
+def test_the_idle_share_is_of_the_last_half_minute() -> None:
+    """A replica that waited for its first unit for an hour and is busy since."""
+    count = tally()
+    counts(count, 0, EngineStats(), 3600.0, 3600.0)
+    for second in range(3600, 3660):
+        counts(count, 0, EngineStats(), float(second), 3600.0 + 0.25 * (second - 3600))
+    assert count.progress(3660.0, 3660.0, 1, 0, 0).engines.idle_share == pytest.approx(0.25)
+
+
+def test_the_counters_of_a_replica_as_its_event_tells_them() -> None:
+    count = tally()
+    assert count.replica_stats(0) is None
+    count.replica_ready(0, 10, 0.0)
+    assert count.replica_stats(0) is None
+    counts(count, 0, EngineStats(num_steps=7, num_active=5, num_places=3, num_places_used=1), 2.0, 0.5)
+    told = count.replica_stats(0)
+    assert told is not None
+    assert (told["batch_fill"], told["kv_use"], told["idle_s"], told["num_steps"]) == (0.5, 0.3333, 0.5, 7)

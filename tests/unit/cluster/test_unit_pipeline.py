@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.cluster.engine_loop import EngineFailed, EngineLoop
+from batchinfer.cluster.journal_keeper import JournalKeeper
 from batchinfer.cluster.messages import Assignment
 from batchinfer.cluster.unit_pipeline import SHARD_CORRUPT, Texts, UnitPipeline
 from batchinfer.detokenise import Detokenizer
-from batchinfer.engine.engine import Engine, EngineStats, Generation, Sequence
+from batchinfer.engine.engine import Engine, EngineStats, Generation, Partial, Sequence
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine
 from batchinfer.models.tokenizer import load_tokenizer
 from batchinfer.planner import plan_input
@@ -53,6 +54,9 @@ class ScriptedEngine:
     def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
         raise NotImplementedError
 
+    def in_progress(self) -> list[Partial]:
+        return []
+
     def stats(self) -> EngineStats:
         return EngineStats()
 
@@ -82,6 +86,7 @@ class Desk:
             texts=Texts(detokenizer, frozenset({EOS_TOKEN_ID})),
             output=locate(str(self.output)),
             part=PartFormat(fingerprint="f" * 16, run_id="run", columns=("id",), n=spec.n, token_ids=True),
+            journals=JournalKeeper(locate(str(self.output)), "f" * 16, "run"),
         )
 
     def write(self, prompts: Iterable[str | None]) -> None:

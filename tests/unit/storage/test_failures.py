@@ -3,7 +3,10 @@
 import errno
 import logging
 import pickle
+from http import HTTPStatus
 
+import aiohttp
+import botocore.exceptions
 import pytest
 
 from batchinfer.errors import InputError, JobError, OutputError, StorageUnavailable
@@ -14,32 +17,45 @@ from tests.outputs import NO_WAIT
 class ClientError(Exception):
     """As botocore raises it: the code is in the response."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, status: int | None = None) -> None:
         super().__init__(code)
-        self.response = {"Error": {"Code": code}}
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
 
 
-class HttpError(Exception):
-    """As gcsfs raises it."""
-
-    def __init__(self, code: int | str) -> None:
-        super().__init__(f"status {code}")
-        self.code = code
+ClientError.__module__ = "botocore.exceptions"
 
 
-HttpError.__module__ = "gcsfs.retry"
+def library_error(module: str, name: str, *, base: type[Exception] = Exception, **attributes: object) -> Exception:
+    """An exception as a client library raises it; which libraries there are on this machine does not matter."""
+    kind = type(name, (base,), {"__module__": module, **attributes})
+    error: Exception = kind(name)
+    return error
 
 
-class NoCredentialsError(Exception):
-    """As botocore raises it."""
+def gcsfs_error(code: int | str) -> Exception:
+    return library_error("gcsfs.retry", "HttpError", code=code)
 
 
-NoCredentialsError.__module__ = "botocore.exceptions"
+def azure_error(name: str, **attributes: object) -> Exception:
+    return library_error("azure.core.exceptions", name, **attributes)
 
 
-def einval_because(code: str) -> OSError:
-    error = OSError(errno.EINVAL, code)
+def s3_error(code: str, number: int = errno.EINVAL) -> OSError:
+    """As s3fs translates it."""
+    error = OSError(number, code)
     error.__cause__ = ClientError(code)
+    return error
+
+
+def google_error(name: str, because: Exception | None = None) -> Exception:
+    error = library_error("google.auth.exceptions", name, retryable=False)
+    error.__cause__ = because
+    return error
+
+
+def botocore_error(name: str, **arguments: object) -> Exception:
+    """A real one."""
+    error: Exception = getattr(botocore.exceptions, name)(**arguments)
     return error
 
 
@@ -52,8 +68,29 @@ def einval_because(code: str) -> OSError:
         OSError(errno.EREMOTEIO, "InternalError"),
         OSError(errno.ESTALE, "stale handle"),
         OSError("no number"),
-        HttpError(503),
-        HttpError("429"),
+        OSError(errno.EMFILE, "too many open files"),
+        OSError(errno.ENOTCONN, "transport endpoint is not connected"),
+        gcsfs_error(503),
+        gcsfs_error("429"),
+        library_error("gcsfs.retry", "ChecksumError"),
+        library_error("requests.exceptions", "ProxyError", base=OSError),
+        google_error("TransportError"),
+        google_error("RefreshError", because=google_error("TransportError")),
+        library_error("google.api_core.exceptions", "ServiceUnavailable", code=HTTPStatus.SERVICE_UNAVAILABLE),
+        azure_error("HttpResponseError", status_code=503, error_code="ServerBusy"),
+        azure_error("ServiceRequestError"),
+        azure_error("ServiceResponseTimeoutError"),
+        s3_error("SlowDown", errno.EBUSY),
+        s3_error("ConditionalRequestConflict", errno.EIO),
+        s3_error("IncompleteBody"),
+        s3_error("BadDigest"),
+        ClientError("InternalError", 500),
+        botocore_error("EndpointConnectionError", endpoint_url="http://127.0.0.1:9"),
+        botocore_error("ReadTimeoutError", endpoint_url="http://127.0.0.1:9"),
+        botocore_error("ConnectionClosedError", endpoint_url="http://127.0.0.1:9"),
+        botocore_error("IncompleteReadError", actual_bytes=1, expected_bytes=2),
+        aiohttp.ClientPayloadError("cut off"),
+        aiohttp.ServerDisconnectedError(),
     ],
     ids=repr,
 )
@@ -69,10 +106,27 @@ def test_what_may_pass_is_tried_again(error: Exception) -> None:
         FileExistsError("there"),
         OSError(errno.ENOSPC, "full"),
         OSError(errno.EROFS, "read-only"),
-        einval_because("InvalidArgument"),
-        HttpError(404),
-        HttpError(412),
-        NoCredentialsError("none"),
+        OSError(errno.EDQUOT, "quota"),
+        OSError(errno.EFBIG, "too large"),
+        OSError("Forbidden: bucket/a"),  # gcsfs
+        s3_error("InvalidArgument"),
+        s3_error("XMinioStorageFull", errno.EIO),
+        s3_error("QuotaExceeded", errno.EIO),
+        gcsfs_error(404),
+        gcsfs_error(412),
+        gcsfs_error(401),
+        gcsfs_error(507),
+        library_error("gcsfs.retry", "NonRetryableError"),
+        google_error("RefreshError"),
+        google_error("DefaultCredentialsError"),
+        azure_error("ClientAuthenticationError", status_code=None),
+        azure_error("HttpResponseError", status_code=403),
+        azure_error("HttpResponseError", status_code=409, error_code="InsufficientStorage"),
+        ClientError("AccessDenied", 403),
+        botocore_error("NoCredentialsError"),
+        botocore_error("NoRegionError"),
+        botocore_error("ProfileNotFound", profile="x"),
+        botocore_error("ParamValidationError", report="x"),
         ValueError("a mistake in the code"),
         InputError("ours"),
     ],
@@ -84,9 +138,9 @@ def test_what_cannot_pass_is_not_tried_again(error: Exception) -> None:
 
 def test_a_lost_exclusive_create_is_recognised_in_every_dialect() -> None:
     assert lost_exclusive_create(FileExistsError())
-    assert lost_exclusive_create(einval_because("PreconditionFailed"))
-    assert lost_exclusive_create(HttpError(412))
-    assert not lost_exclusive_create(einval_because("InvalidArgument"))
+    assert lost_exclusive_create(s3_error("PreconditionFailed"))
+    assert lost_exclusive_create(gcsfs_error(412))
+    assert not lost_exclusive_create(s3_error("InvalidArgument"))
     assert not lost_exclusive_create(TimeoutError())
 
 
@@ -99,7 +153,7 @@ def test_a_transient_error_is_waited_out_and_each_retry_is_logged(caplog: pytest
         return "done"
 
     with caplog.at_level(logging.WARNING, "batchinfer.storage.failures"):
-        assert attempt(operation, "s3://user:secret@bucket/a", OutputError, NO_WAIT) == "done"
+        assert attempt("read_bytes", operation, "s3://user:secret@bucket/a", OutputError, NO_WAIT) == "done"
     assert [record.getMessage().split(" failed ")[0] for record in caplog.records] == [
         "s3://***@bucket/a: attempt 1 of 3",
         "s3://***@bucket/a: attempt 2 of 3",
@@ -114,7 +168,7 @@ def test_transient_errors_that_outlast_the_policy_end_as_storage_unavailable_aft
         raise TimeoutError("never")
 
     with pytest.raises(StorageUnavailable, match=r"still failing after 3 attempts.*run the same command again"):
-        attempt(operation, "s3://bucket/a", OutputError, NO_WAIT)
+        attempt("read_bytes", operation, "s3://bucket/a", OutputError, NO_WAIT)
     assert len(calls) == 3
 
 
@@ -123,10 +177,15 @@ def test_transient_errors_that_outlast_the_policy_end_as_storage_unavailable_aft
     [
         (FileNotFoundError("x"), InputError, "not found; check the path"),
         (PermissionError("AccessDenied"), InputError, "access refused .*credentials"),
-        (NoCredentialsError("Unable to locate credentials"), InputError, "access refused .*storage_options"),
+        (botocore_error("NoCredentialsError"), InputError, "access refused .*storage_options"),
+        (OSError("Forbidden: bucket/a"), InputError, "access refused .*credentials"),
+        (google_error("DefaultCredentialsError"), InputError, "access refused .*credentials"),
         (OSError(errno.EROFS, "read-only"), InputError, "access refused"),
         (OSError(errno.ENOSPC, "full"), StorageUnavailable, "no space left .*free some"),
-        (einval_because("InvalidBucketName"), InputError, "the storage refused"),
+        (OSError(errno.EDQUOT, "quota"), StorageUnavailable, "no space left .*raise the quota"),
+        (OSError(errno.EFBIG, "too large"), StorageUnavailable, "no space left .*file size limit"),
+        (s3_error("XMinioStorageFull", errno.EIO), StorageUnavailable, "no space left"),
+        (s3_error("InvalidBucketName"), InputError, "the storage refused"),
     ],
     ids=repr,
 )
@@ -137,7 +196,7 @@ def test_each_foreign_error_names_the_path_and_the_way_out(
         raise error
 
     with pytest.raises(becomes, match=f"s3://bucket/a: .*{says}") as caught:
-        attempt(operation, "s3://bucket/a", InputError, NO_WAIT)
+        attempt("read_bytes", operation, "s3://bucket/a", InputError, NO_WAIT)
     assert caught.value.__cause__ is error
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -147,4 +206,4 @@ def test_a_mistake_in_the_code_is_not_dressed_up_as_a_storage_error() -> None:
         raise KeyError("size")
 
     with pytest.raises(KeyError):
-        attempt(operation, "s3://bucket/a", JobError, NO_WAIT)
+        attempt("read_bytes", operation, "s3://bucket/a", JobError, NO_WAIT)

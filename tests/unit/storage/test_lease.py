@@ -1,5 +1,6 @@
 """The lease: one holder, honest refusals, takeover of what is dead, and no second winner in any order of steps."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from batchinfer.errors import LeaseHeld, LeaseLost, OutputError
 from batchinfer.storage import lease as lease_module
 from batchinfer.storage.filesystem import locate
 from batchinfer.storage.layout import lease_file, staging
-from batchinfer.storage.lease import Lease, LeaseRecord, Process, acquire
+from batchinfer.storage.lease import Lease, LeaseRecord, Process, acquire, take_over
 from batchinfer.storage.location import Location
 from tests.outputs import memory_uri
 
@@ -235,3 +236,55 @@ def test_our_own_create_whose_answer_was_lost_is_recognised(
     ours = LeaseRecord("run-1", 1, START.isoformat(), START.isoformat(), 60, Process.current())
     after_first_look(monkeypatch, lambda: write(lease_file(output), ours, output))
     assert acquire(output, "run-1", 60, clock).record == ours
+
+
+def test_a_live_lease_is_taken_over_by_a_run_that_was_told_to(output: Location, clock: HandClock) -> None:
+    first = acquire(output, "first", 60.0, clock)
+    second = take_over(output, "second", 60.0, clock)
+    assert (second.record.run_id, second.record.epoch) == ("second", 2)
+    with pytest.raises(LeaseLost, match="taken over by run second"):
+        first.heartbeat()
+    first.release()
+    second.heartbeat()
+    second.release()
+    assert job_files(output) == set()
+
+
+def test_a_takeover_of_a_free_output_is_an_ordinary_start(output: Location, clock: HandClock) -> None:
+    assert take_over(output, "only", 60.0, clock).record.epoch == 1
+
+
+def test_a_takeover_does_not_wait_for_a_candidate_that_is_stuck(output: Location, clock: HandClock) -> None:
+    """A live claim keeps others from taking a stale lease over, but not one that was told to."""
+    write(lease_file(output), elsewhere("stale", silent_s=100.0), output)
+    write(output.child("_job/lease-claim-2.json"), elsewhere("stuck", epoch=2), output)
+    with pytest.raises(LeaseHeld, match="held by run stuck"):
+        acquire(output, "polite", 60.0, clock)
+    taken = take_over(output, "told", 60.0, clock)
+    assert (taken.record.run_id, taken.record.epoch) == ("told", 3)
+    assert job_files(output) == {"lease.json"}
+
+
+def test_of_takeovers_at_once_one_holds_the_output_in_the_end(tmp_path: Path) -> None:
+    output = locate(str(tmp_path / "out"))
+    acquire(output, "first", 60.0)
+    start = threading.Barrier(4)
+    taken: list[Lease] = []
+
+    def candidate(number: int) -> None:
+        start.wait()
+        with contextlib.suppress(LeaseHeld):
+            taken.append(take_over(output, f"run-{number}", 60.0))
+
+    threads = [threading.Thread(target=candidate, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    holders = []
+    for lease in taken:
+        with contextlib.suppress(LeaseLost):
+            lease.heartbeat()
+            holders.append(lease.record.run_id)
+    assert len(holders) == 1
+    assert "lease.json" in job_files(output)

@@ -12,8 +12,17 @@ from batchinfer.audit import verify
 from batchinfer.errors import OutputError, PartExists, StorageUnavailable
 from batchinfer.records import Completion, Plan, RowError, TokenLogprobs, WorkUnit
 from batchinfer.storage import writer
+from batchinfer.storage.dead_letters import count_dead_letters, look_at_dead_letters
 from batchinfer.storage.filesystem import RemoteLocation, locate
-from batchinfer.storage.layout import committed_units, completions_part, errors_part, staging
+from batchinfer.storage.layout import (
+    COMPLETIONS,
+    ERRORS,
+    committed_units,
+    completions_part,
+    errors_part,
+    parts,
+    staging,
+)
 from batchinfer.storage.local import LocalLocation
 from batchinfer.storage.location import Location
 from batchinfer.storage.writer import PublishOutcome, publish_unit
@@ -367,3 +376,59 @@ def test_the_loser_of_the_commit_fits_the_errors_part_to_the_winners_rows(
         (2, "engine_error", 2),
     ]
     assert 3 in read_part(completions_part(output, unit.unit_id)).column("id").to_pylist()
+
+
+def test_the_loser_of_the_commit_keeps_the_winners_reasons(
+    output: Location, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. we see no commit; 2. the winner publishes with dead letters 1, 2; 3. we, who have none, lose."""
+    unit = plan.units[0]
+    kind = type(output)
+    create_exclusive = kind.create_exclusive
+
+    def lose(self: Location, content: bytes, staging: Location) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, "create_exclusive", create_exclusive)
+            publish(output, plan, unit, dead=[1, 2])
+        raise PartExists("lost")
+
+    monkeypatch.setattr(kind, "create_exclusive", lose)
+    outcome = publish_unit(output, unit, rows_table(10), completions_of(unit), [], PART)
+    assert outcome is PublishOutcome.ALREADY_COMMITTED
+    errors = read_part(errors_part(output, unit.unit_id)).to_pylist()
+    assert [(row["id"], row["error_type"]) for row in errors] == [(1, "too_long"), (2, "too_long")]
+
+
+def test_a_writer_that_dies_over_a_lost_commit_removes_no_reason_of_the_winner(
+    output: Location, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit with dead letters is always behind an errors part: that is what a resume counts by."""
+    unit = plan.units[0]
+    kind = type(output)
+    create_exclusive = kind.create_exclusive
+
+    def lose_and_die(self: Location, content: bytes, staging: Location) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(kind, "create_exclusive", create_exclusive)
+            publish(output, plan, unit, dead=[1, 2])
+        raise SimulatedCrash
+
+    begin_job(output, plan)
+    monkeypatch.setattr(kind, "create_exclusive", lose_and_die)
+    with pytest.raises(SimulatedCrash):
+        publish_unit(output, unit, rows_table(10), completions_of(unit), [], PART)
+    assert count_dead_letters(output) == 2
+
+
+def test_dead_letters_of_an_attempt_that_died_are_removed_behind_the_commit(output: Location, plan: Plan) -> None:
+    unit = plan.units[0]
+    scratch = locate(memory_uri())
+    publish(scratch, plan, unit, dead=[1, 2, 3])
+    left = errors_part(scratch, unit.unit_id).read_bytes()
+    errors_part(output, unit.unit_id).write_replace(left, staging(output))
+    publish(output, plan, unit)
+    assert not errors_part(output, unit.unit_id).is_file()
+    # As a crash right behind the commit leaves it: no dead letter is counted, and the part is known not to fit.
+    errors_part(output, unit.unit_id).write_replace(left, staging(output))
+    found = look_at_dead_letters(output, parts(output, COMPLETIONS), parts(output, ERRORS))
+    assert (found.total, found.unfit) == (0, (unit.unit_id,))
