@@ -104,5 +104,5 @@ def run_scripted(
         RunRecord(preparation, lease.run_id) as record,
         HeadWatch() as head,
     ):
-        loop = RunLoop("generate", preparation, lease, record, head, SilentProgress(), interruption, None, 0.0)
+        loop = RunLoop(preparation, lease, record, head, SilentProgress(), interruption, None, 0.0)
         return loop.to_the_end()

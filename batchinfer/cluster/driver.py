@@ -16,7 +16,6 @@ from batchinfer.cluster.interruption import Interruption
 from batchinfer.cluster.lease_keeper import LeaseKeeper
 from batchinfer.cluster.prepare import Preparation, compare_with_output, prepare
 from batchinfer.cluster.ray_cluster import connected, head_address
-from batchinfer.cluster.replica_pool import UnitMethod
 from batchinfer.cluster.result import JobResult, job_result
 from batchinfer.cluster.run_loop import RunLoop
 from batchinfer.cluster.run_record import RunRecord
@@ -34,8 +33,6 @@ class Work:
     #: What there is to do, from job and output as they are; before the lease, and once more when it is held.
     prepare: Callable[[RetryPolicy], Preparation]
     look_again: Callable[[Preparation], Preparation]
-    #: The replica's method that carries a unit to its commit.
-    method: UnitMethod = "generate"
 
 
 def run(
@@ -98,5 +95,5 @@ def drive(
                 stack.enter_context(connected(spec.cluster))
             if (address := head_address()) is not None:
                 head.watch(address)
-        loop = RunLoop(work.method, preparation, lease, record, head, shown, interruption, chaos, started_s)
+        loop = RunLoop(preparation, lease, record, head, shown, interruption, chaos, started_s)
         return loop.to_the_end()

@@ -20,7 +20,7 @@ from batchinfer.cluster.messages import Assignment, Failure, ReplicaSetup
 from batchinfer.cluster.replica import Replica, start_actor
 
 #: The actor's methods that carry a work unit.
-UnitMethod = Literal["generate", "regenerate", "probe"]
+UnitMethod = Literal["generate", "probe"]
 #: Answers handed out at once, so that time passes between them however fast they come.
 MAX_ANSWERS = 1000
 

@@ -45,7 +45,7 @@ from batchinfer.cluster.queue_messages import (
 from batchinfer.cluster.queue_policy import QueuePolicy
 from batchinfer.cluster.ray_cluster import cluster_nodes, nodes_about_to_go
 from batchinfer.cluster.replica import MAX_UNITS_HELD
-from batchinfer.cluster.replica_pool import Answer, ReplicaGone, ReplicaPool, UnitMethod
+from batchinfer.cluster.replica_pool import Answer, ReplicaGone, ReplicaPool
 from batchinfer.cluster.replica_watch import ReplicaWatch
 from batchinfer.cluster.result import GivenUpUnit, JobResult, job_result
 from batchinfer.cluster.run_record import RunRecord
@@ -72,7 +72,6 @@ class RunLoop:
 
     def __init__(
         self,
-        method: UnitMethod,
         preparation: Preparation,
         lease: LeaseKeeper,
         record: RunRecord,
@@ -83,7 +82,6 @@ class RunLoop:
         started_s: float,
     ) -> None:
         execution = preparation.spec.execution
-        self._method = method
         self._preparation = preparation
         self._lease = lease
         self._record = record
@@ -313,7 +311,7 @@ class RunLoop:
                 self._pool.drain(replica_id)
             case Assign() as it:
                 assignment = Assignment(it.unit, self._shards[it.unit.shard_id], it.attempt, it.lease, it.poisoned)
-                self._pool.assign(it.replica_id, self._method, assignment)
+                self._pool.assign(it.replica_id, "generate", assignment)
                 self._record.unit_leased(it.replica_id, it.unit.unit_id, it.attempt, len(it.poisoned))
             case Probe() as it:
                 shard = self._shards[it.unit.shard_id]
