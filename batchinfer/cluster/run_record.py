@@ -51,7 +51,7 @@ class RunRecord:
         self._preparation = preparation
         self._run_id = run_id
         self._log: EventLog | None = None
-        self._held_back: list[tuple[str, dict[str, EventValue]]] = []
+        self._held_back: list[tuple[datetime, str, dict[str, EventValue]]] = []
         self.event(
             "run_started",
             run=run_id,
@@ -96,8 +96,8 @@ class RunRecord:
             note_retry(preparation, self._run_id)
         self._log = open_event_log(preparation.output, self._run_id)
         held_back, self._held_back = self._held_back, []
-        for kind, facts in held_back:
-            self._log.add(kind, **facts)
+        for at, kind, facts in held_back:
+            self._log.add(kind, at, **facts)
 
     def event(self, kind: str, **facts: EventValue) -> None:
         """Note one event: counts, ids and errors, never a row's text; a URI in an error loses its credentials.
@@ -106,7 +106,7 @@ class RunRecord:
         """
         clean = {name: redact(value) if isinstance(value, str) else value for name, value in facts.items()}
         if self._log is None:
-            self._held_back.append((kind, clean))
+            self._held_back.append((datetime.now(UTC), kind, clean))
         else:
             self._log.add(kind, **clean)
 

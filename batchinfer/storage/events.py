@@ -23,8 +23,11 @@ SEGMENT_INTERVAL_S = 5.0
 class EventLog(Protocol):
     """Where a run writes what happens. Any thread may write; events keep the order of the calls."""
 
-    def add(self, event: str, **fields: EventValue) -> None:
-        """Hold an event for the next flush: ``{"at": <UTC, ISO 8601>, "event": event, **fields}``."""
+    def add(self, event: str, at: datetime | None = None, /, **fields: EventValue) -> None:
+        """Hold an event for the next flush: ``{"at": <UTC, ISO 8601>, "event": event, **fields}``.
+
+        It happened ``at`` that moment, by default at this one.
+        """
 
     def flush(self) -> None:
         """Store what is held, as soon as the storage is meant to be asked again."""
@@ -52,9 +55,9 @@ class _HeldEvents(ABC):
         self._lock = threading.Lock()
         self._held: list[bytes] = []
 
-    def add(self, event: str, **fields: EventValue) -> None:
+    def add(self, event: str, at: datetime | None = None, /, **fields: EventValue) -> None:
         with self._lock:
-            self._held.append(_line(self._clock(), event, fields))
+            self._held.append(_line(at or self._clock(), event, fields))
 
     def write(self, event: str, **fields: EventValue) -> None:
         self.add(event, **fields)

@@ -1,7 +1,9 @@
 """What a run writes into ``_job/``: in which order, when at all, and never a credential."""
 
 import json
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,6 +60,17 @@ def test_events_held_back_are_written_first_when_the_run_begins(spec: JobSpec, t
     assert events[-1]["num_completion_tokens"] == 90
     assert events[-1]["elapsed_s"] == 0.123
     assert (tmp_path / "out" / "_job" / "runs" / f"{RUN_ID}.jsonl").exists()
+
+
+def test_held_back_events_keep_their_moment(spec: JobSpec) -> None:
+    """Else loading a model for ten minutes would look like no time at all."""
+    preparation = prepare(spec)
+    with RunRecord(preparation, RUN_ID) as record:
+        before = datetime.now(UTC)
+        time.sleep(0.05)
+        record.begin()
+    [event] = read_events(preparation.output)
+    assert datetime.fromisoformat(str(event["at"])) <= before
 
 
 def test_the_plan_is_written_before_the_job_and_events_come_last(
