@@ -59,7 +59,7 @@ FAKE = Engine(
         "execution": {"rows_per_unit": 8, "journal_interval_s": 0.5, "lease_timeout_s": 6.0},
     },
     {"kind": "fake"},
-    CHAOS.format(replica=0.1, driver=0.006, runs=12),
+    CHAOS.format(replica=0.1, driver=0.02, runs=18),
 )
 TINY = Engine(
     "tiny EXAONE",

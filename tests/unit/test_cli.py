@@ -147,7 +147,12 @@ def test_a_signal_outside_a_run_ends_with_3(monkeypatch: pytest.MonkeyPatch, num
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("batchinfer.report.read_status", interrupted)
-    result = command("status", "out", "--json")
+    # A shell starts what it runs in the background with SIGINT ignored, and so may whatever runs these tests.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = command("status", "out", "--json")
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert result.exit_code == 3
     assert only_object(result)["error_type"] == "RunInterrupted"
     assert "run the same command again" in result.stderr
