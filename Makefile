@@ -13,7 +13,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 DEMO_MODEL := .cache/demo-model
 PROPERTY_TESTS = $(shell grep -rl --include='test_*.py' '^from hypothesis' tests)
 
-.PHONY: demo test lint bench torture clean help
+.PHONY: demo test lint bench torture long clean help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,8 +62,10 @@ lint: .venv/.dev ## ruff check, ruff format --check, mypy
 bench: .venv/.dev ## print the tables of tests/bench (about 15 minutes on 2 cores)
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
-torture: .venv/.dev ## 330 kills with their table (half an hour), then every long test and the search for new examples
+torture: .venv/.dev ## 330 kills and faulty storage, then the proof that nothing was lost (half an hour, a table)
 	@$(BIN)/python tests/faults/torture.py
+
+long: .venv/.dev ## the tests that take minutes each, then a search for new examples of the property tests (hours)
 	@$(BIN)/python -m pytest -m slow --timeout 1800
 	@HYPOTHESIS_PROFILE=search $(BIN)/python -m pytest $(PROPERTY_TESTS) --timeout 1800
 

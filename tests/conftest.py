@@ -14,7 +14,7 @@ from hypothesis import settings
 
 from tests.tiny import tiny_exaone3
 
-# The default suite tries the same examples on every machine, so that it tells whether a change is right; `make torture`
+# The default suite tries the same examples on every machine, so that it tells whether a change is right; `make long`
 # and HYPOTHESIS_PROFILE=search look for new ones. An example it finds becomes an @example of its test.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("search", max_examples=2000, deadline=None, print_blob=True)

@@ -25,6 +25,7 @@ from batchinfer.storage.dead_letters import look_at_dead_letters
 from batchinfer.storage.failures import RetryPolicy
 from batchinfer.storage.filesystem import download_tree, locate
 from batchinfer.storage.layout import COMPLETIONS, ERRORS, check_usable, parse_unit_id, parts, read_job, read_plan
+from batchinfer.storage.leftovers import has_leftovers
 from batchinfer.storage.location import Location
 
 
@@ -76,12 +77,14 @@ class Preparation:
     num_dead_letters: int
     #: Committed units whose errors part tells of other rows than those their completions part lacks.
     unfit_errors: tuple[WorkUnit, ...] = ()
+    #: Nothing is left to generate, but a crash left a lease, a journal or unfinished bytes behind.
+    has_leftovers: bool = False
     retry: Retry | None = None
 
     @property
     def is_settled(self) -> bool:
         """Whether a run would have nothing to generate and nothing to write."""
-        return not (self.pending or self.plan_changed or self.unfit_errors)
+        return not (self.pending or self.plan_changed or self.unfit_errors or self.has_leftovers)
 
     @property
     def spec(self) -> JobSpec:
@@ -176,6 +179,7 @@ def compare_with_output(facts: JobFacts, output: Location) -> Preparation:
         unfit_errors=tuple(
             found for name in dead_letters.unfit if name in staying and (found := parse_unit_id(name)) is not None
         ),
+        has_leftovers=job is not None and not pending and has_leftovers(output),
     )
 
 

@@ -2,7 +2,7 @@
 
 Whatever call a process dies at, the next run ends with the rows of an undisturbed one, once each, and nothing is left
 lying about. The default suite dies after the first two calls of each kind and in the middle of such local writes;
-``make torture`` after every call, in the middle of every write, and before every call.
+``make long`` after every call, in the middle of every write, and before every call.
 """
 
 import contextlib
