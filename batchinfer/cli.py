@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, ParamSpec, cast
@@ -23,6 +23,7 @@ from batchinfer import __version__
 from batchinfer.errors import EXIT_RUN_AGAIN, BatchinferError, RunInterrupted, SpecError
 
 if TYPE_CHECKING:
+    from batchinfer.progress import ProgressView
     from batchinfer.spec import JobSpec
     from batchinfer.storage.faults import FaultPlan
 
@@ -159,17 +160,10 @@ def run(
             click.echo(json.dumps(survived.as_json()) if as_json else "\n".join(survived.lines()))
             return survived.exit_code
         faults = chaos_plan(spec, chaos_spec, seed, chaos_run)
-    from rich.console import Console
-
     from batchinfer.cli_text import print_result
     from batchinfer.cluster.driver import run as run_job
-    from batchinfer.progress import LineProgress, LiveProgress, ProgressView
-    from batchinfer.telemetry import LogStream
 
-    console = Console(stderr=True)
-    view: ProgressView = LiveProgress(console) if console.is_terminal else LineProgress()
-    # Ray prints the deaths of its workers on stdout, past every setting; what they mean is in our own log lines.
-    with contextlib.redirect_stdout(LogStream(logging.getLogger("ray"))):
+    with _progress_view() as view:
         result = run_job(spec, view, takeover=takeover, chaos=faults)
     if as_json:
         click.echo(json.dumps(result.as_json()))
@@ -204,16 +198,10 @@ def retry_failed(
     was interrupted (try again) or units are missing (`batchinfer run` generates those).
     """
     spec = _load(job, overrides)
-    from rich.console import Console
-
     from batchinfer.cli_text import print_retry
     from batchinfer.cluster.retry import retry_failed as retry
-    from batchinfer.progress import LineProgress, LiveProgress, ProgressView
-    from batchinfer.telemetry import LogStream
 
-    console = Console(stderr=True)
-    view: ProgressView = LiveProgress(console) if console.is_terminal else LineProgress()
-    with contextlib.redirect_stdout(LogStream(logging.getLogger("ray"))):
+    with _progress_view() as view:
         result = retry(spec, view, error_types=error_types, takeover=takeover)
     if as_json:
         click.echo(json.dumps(result.as_json()))
@@ -391,6 +379,20 @@ def export(
         missing = f"; {result.num_units_missing:,} units are not committed yet" if result.num_units_missing else ""
         click.echo(f"{result.num_completions:,} completions in {result.num_files:,} files in {result.target}{missing}")
     return result.exit_code
+
+
+@contextlib.contextmanager
+def _progress_view() -> Iterator["ProgressView"]:
+    """A live view on a terminal, log lines elsewhere; stdout is kept for results meanwhile."""
+    from rich.console import Console
+
+    from batchinfer.progress import LineProgress, LiveProgress
+    from batchinfer.telemetry import LogStream
+
+    console = Console(stderr=True)
+    # Ray prints the deaths of its workers on stdout, past every setting; what they mean is in our own log lines.
+    with contextlib.redirect_stdout(LogStream(logging.getLogger("ray"))):
+        yield LiveProgress(console) if console.is_terminal else LineProgress()
 
 
 def _load(job: Path, overrides: tuple[str, ...]) -> "JobSpec":
