@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 #: Deaths alone, without a survival in between, that make a row poison.
 NUM_DEATHS_THAT_CONVICT = 2
-#: So many deaths without one survival, and the bisection is given up: where all is poison, each row would cost three.
+#: So many deaths in a row, and the bisection is given up, as each row of poison costs three: few where nothing of the
+#: unit has survived so far (the machine or the unit as a whole is to blame), more where something has, for poison rows
+#: come in clusters, and a unit that is given up each time keeps its job from ever ending.
 MAX_DEATHS_IN_A_ROW = 32
+MAX_DEATHS_BETWEEN_SURVIVALS = 256
 
 
 class _Open(NamedTuple):
@@ -34,6 +37,7 @@ class Bisection:
         self.found: list[int] = []
         self._num_deaths: dict[int, int] = {}
         self._num_deaths_in_a_row = 0
+        self._has_survival = False
         self._open: deque[_Open] = deque()
         ranges = _ranges_between(num_rows, poisoned)
         if len(ranges) == 1:
@@ -49,7 +53,13 @@ class Bisection:
     @property
     def hopeless(self) -> bool:
         """Nothing survives: the unit as a whole or the machine is to blame, and going on would cost too much."""
-        return self._num_deaths_in_a_row >= MAX_DEATHS_IN_A_ROW
+        most = MAX_DEATHS_BETWEEN_SURVIVALS if self._has_survival else MAX_DEATHS_IN_A_ROW
+        return self._num_deaths_in_a_row >= most
+
+    @property
+    def num_deaths_in_a_row(self) -> int:
+        """Since something survived, or since the beginning."""
+        return self._num_deaths_in_a_row
 
     @property
     def next_offsets(self) -> range:
@@ -58,7 +68,7 @@ class Bisection:
 
     def survived(self) -> None:
         """The rows of :attr:`next_offsets` were generated and journaled."""
-        self._num_deaths_in_a_row = 0
+        self._num_deaths_in_a_row, self._has_survival = 0, True
         probed = self._open.popleft()
         if probed.sibling is not None:
             self._narrow(probed.sibling)

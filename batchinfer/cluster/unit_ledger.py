@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-from batchinfer.cluster.bisection import MAX_DEATHS_IN_A_ROW, Bisection
+from batchinfer.cluster.bisection import Bisection
 from batchinfer.cluster.queue_messages import UnitId
 from batchinfer.cluster.queue_policy import QueuePolicy
 from batchinfer.records import WorkUnit
@@ -180,7 +180,7 @@ class UnitLedger:
         record = self._records[unit_id]
         if bisection.hopeless and not bisection.finished:
             self._give_up(
-                unit_id, record, f"{error} (as of the last {MAX_DEATHS_IN_A_ROW} tries of single rows or few)"
+                unit_id, record, f"{error} (as of the last {bisection.num_deaths_in_a_row} tries of single rows or few)"
             )
         else:
             self._go_on(unit_id, record, bisection)

@@ -2,10 +2,11 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchinfer.cluster.bisection import MAX_DEATHS_IN_A_ROW, Bisection
+from batchinfer.cluster.bisection import MAX_DEATHS_BETWEEN_SURVIVALS, MAX_DEATHS_IN_A_ROW, Bisection
 
 
 def bisect(num_rows: int, poison: set[int], known: tuple[int, ...] = ()) -> tuple[list[int], set[int], int]:
@@ -56,16 +57,36 @@ def test_a_row_that_dies_once_and_then_survives_is_not_convicted() -> None:
     assert bisection.found == []
 
 
-def test_it_is_hopeless_after_many_deaths_without_a_survival() -> None:
+def test_it_is_hopeless_soon_where_nothing_survives_and_late_where_something_did() -> None:
     bisection = Bisection(1024)
     for _ in range(MAX_DEATHS_IN_A_ROW - 1):
         bisection.killed()
     assert not bisection.hopeless
     bisection.survived()
-    for _ in range(MAX_DEATHS_IN_A_ROW):
+    for _ in range(MAX_DEATHS_BETWEEN_SURVIVALS):
         assert not bisection.hopeless
         bisection.killed()
     assert bisection.hopeless
+
+    nothing_survives = Bisection(1024)
+    for _ in range(MAX_DEATHS_IN_A_ROW):
+        assert not nothing_survives.hopeless
+        nothing_survives.killed()
+    assert nothing_survives.hopeless
+
+
+@pytest.mark.parametrize("first", [0, 480, 950])
+def test_a_cluster_of_poison_is_found_to_its_last_row(first: int) -> None:
+    """Neighbours in a shard are often alike: the same broken source, the same over-long field."""
+    poison = set(range(first, first + 60))
+    bisection = Bisection(1024)
+    while not bisection.finished:
+        assert not bisection.hopeless
+        if poison & set(bisection.next_offsets):
+            bisection.killed()
+        else:
+            bisection.survived()
+    assert set(bisection.found) == poison
 
 
 def test_after_a_death_the_other_half_is_probed_whole_and_before_any_quarter() -> None:
