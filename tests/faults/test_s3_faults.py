@@ -73,6 +73,7 @@ def check_complete(server: S3Server, expected: list[tuple[object, ...]]) -> None
     assert rows(server) == expected
 
 
+@pytest.mark.slow
 def test_a_killed_server_a_killed_replica_and_a_killed_driver(
     server: S3Server, job_file: Path, expected: list[tuple[object, ...]]
 ) -> None:

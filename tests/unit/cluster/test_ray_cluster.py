@@ -21,6 +21,8 @@ def free_port() -> int:
 def test_an_address_where_nobody_answers_is_named_soon(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     monkeypatch.setattr(ray_cluster, "CONNECT_TIMEOUT_S", 0.3)
     monkeypatch.setattr(ray_cluster.ray, "is_initialized", lambda: False)
+    # It would be that of the tests' own Ray, which is only hidden here.
+    monkeypatch.setattr(ray_cluster.ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray_cluster.ray, "init", lambda **options: pytest.fail("Ray would try for minutes"))
     address = f"{scheme}127.0.0.1:{free_port()}"
     began_s = time.monotonic()
