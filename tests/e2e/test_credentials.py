@@ -234,6 +234,8 @@ def test_a_cluster_that_does_not_answer_is_named_without_credentials(
 ) -> None:
     monkeypatch.setattr("batchinfer.cluster.ray_cluster.CONNECT_TIMEOUT_S", 0.0)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
+    # It would be that of the tests' own Ray, which is only hidden here.
+    monkeypatch.setattr("ray.shutdown", lambda: None)
     caplog.set_level("INFO")
     with pytest.raises(ClusterLost) as lost, connected(ClusterSpec(address=f"ray://user:{PASSWORD}@127.0.0.1:1")):
         pass
