@@ -42,6 +42,7 @@ def test_a_driver_killed_at_several_moments_is_continued_by_the_next_run(
     check_complete(output, expected(job_file))
 
 
+@pytest.mark.slow
 def test_killed_replicas_are_replaced_within_the_run(
     tmp_path: Path, exaone: Path, expected: Callable[[Path], list[tuple[object, ...]]]
 ) -> None:
