@@ -73,7 +73,8 @@ class Interruption:
         self.check()
         self._breaks_off = True
         try:
-            yield
+            with _swallowed_in_silence():
+                yield
         except _BrokenOff:
             pass
         except SystemExit:
@@ -133,6 +134,26 @@ class Interruption:
             if num_asked > 1:
                 self._end("a second signal: stopped at once")
                 return
+
+
+@contextlib.contextmanager
+def _swallowed_in_silence() -> Iterator[None]:
+    """A signal that meets a finalizer or a hook around a fork raises where Python cannot let it out.
+
+    Python would print a traceback and go on; the block then runs to its end, or to the deadline, and what follows it
+    looks whether a signal came.
+    """
+    before = sys.unraisablehook
+
+    def silent(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, _BrokenOff):
+            before(unraisable)
+
+    sys.unraisablehook = silent
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _end_process(reason: str) -> None:

@@ -45,6 +45,41 @@ def test_a_block_that_needs_no_end_is_left_at_once() -> None:
         assert time.monotonic() - began_s < DEADLINE_S / 2
 
 
+class SignalsInItsFinalizer:
+    """Python swallows what a finalizer raises, as it does in the hooks around a fork."""
+
+    def __init__(self, also: BaseException | None = None) -> None:
+        self._also = also
+
+    def __del__(self) -> None:
+        if self._also is not None:
+            raise self._also
+        send(signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def test_a_signal_that_python_swallows_is_seen_at_the_end_of_the_block_and_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.exc_value))
+    ours = sys.unraisablehook
+    mistake = ValueError("a finalizer's own mistake is printed as ever")
+    ends: list[str] = []
+
+    def block() -> None:
+        SignalsInItsFinalizer()
+        SignalsInItsFinalizer(mistake)
+        ends.append("reached")
+
+    with Interruption(end=pytest.fail) as interruption:
+        with pytest.raises(RunInterrupted), interruption.breaking_off():
+            block()
+        assert sys.unraisablehook is ours
+    assert ends == ["reached"]
+    assert printed == [mistake]
+
+
 def test_a_signal_before_the_block_keeps_it_from_beginning() -> None:
     with Interruption(end=pytest.fail) as interruption:
         send(signal.SIGINT)
