@@ -22,6 +22,7 @@ from batchinfer.errors import EXIT_COMPLETE, EXIT_DEAD_LETTERS, EXIT_RUN_AGAIN, 
 from batchinfer.storage.filesystem import StorageOptions, canonical_uri, locate
 from batchinfer.storage.layout import ERRORS, committed_units, completions_part, part_names, read_plan, unit_id_of
 from batchinfer.storage.location import Location
+from batchinfer.storage.part_reader import read_part
 
 __all__ = ["ExportResult", "Format", "export"]
 
@@ -104,11 +105,7 @@ def _tables(output: Location, unit_ids: list[str]) -> Iterator[pa.Table]:
     """The parts' tables in this order, a few of them fetched ahead."""
 
     def read(unit_id: str) -> pa.Table:
-        place = completions_part(output, unit_id)
-        try:
-            return pq.read_table(pa.BufferReader(place.read_bytes())).replace_schema_metadata(None)
-        except (pa.ArrowException, OSError) as error:
-            raise OutputError(f"{place}: damaged ({error}); run `batchinfer verify --deep` on the output") from error
+        return read_part(completions_part(output, unit_id)).replace_schema_metadata(None)
 
     with ThreadPoolExecutor(_PARTS_AHEAD, thread_name_prefix="export") as pool:
         waiting = iter(unit_ids)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchinfer.errors import OutputError
 from batchinfer.records import ROW_ID, SAMPLE, Completion, RowError, WorkUnit
 from batchinfer.storage.layout import completions_part, errors_part, staging
 from batchinfer.storage.location import Location
+from batchinfer.storage.part_reader import read_part
 from batchinfer.storage.part_tables import (
     DeadRows,
     Offsets,
@@ -43,7 +43,7 @@ def lacking_rows(output: Location, unit: WorkUnit) -> Offsets:
 
     Raises OutputError when the part cannot be read.
     """
-    return lacking_offsets(unit, _committed(output, unit).column(ROW_ID))
+    return lacking_offsets(unit, read_part(completions_part(output, unit.unit_id)).column(ROW_ID))
 
 
 def republish_unit(
@@ -64,7 +64,7 @@ def republish_unit(
     Raises ValueError when samples are missing or doubled, OutputError when the committed part cannot be read,
     StorageUnavailable when the storage fails; the unit is then as it was, or as it is to be.
     """
-    committed = _committed(output, unit)
+    committed = read_part(completions_part(output, unit.unit_id))
     lacking = set(lacking_offsets(unit, committed.column(ROW_ID)).tolist())
     ordered = by_row(unit, completions)
     check_samples(ordered)
@@ -88,16 +88,6 @@ def republish_unit(
     num_dead_letters = fit_errors_to_commit(output, unit, rows, tried, part)
     # A crash from here on leaves a unit that is done; the next retry finds only what it still lacks.
     return Republished(len(added), num_dead_letters)
-
-
-def _committed(output: Location, unit: WorkUnit) -> pa.Table:
-    place = completions_part(output, unit.unit_id)
-    try:
-        return pq.read_table(pa.BufferReader(place.read_bytes()), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise OutputError(
-            f"{place}: damaged ({str(error).partition(chr(10))[0]}); run `batchinfer verify` on the output"
-        ) from error
 
 
 def _merged(unit: WorkUnit, committed: pa.Table, new: pa.Table) -> pa.Table:

@@ -14,6 +14,7 @@ from batchinfer.errors import OutputError
 from batchinfer.export import export
 from batchinfer.records import Plan
 from batchinfer.storage.filesystem import locate
+from batchinfer.storage.layout import completions_part
 from batchinfer.storage.location import Location
 from tests.outputs import begin_job, finished_job, memory_uri, planned, publish, write_shard
 
@@ -121,3 +122,14 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     assert result.exit_code == 3
     assert "15 completions in 1 files" in result.stdout
     assert "1 units are not committed yet" in result.stdout
+
+
+def test_a_flipped_byte_is_not_copied(tmp_path: Path) -> None:
+    """A page's own checksum tells; the file is whole Parquet otherwise."""
+    output, plan = two_shards(tmp_path)
+    place = completions_part(output, plan.units[1].unit_id)
+    content = bytearray(place.read_bytes())
+    content[60] ^= 1
+    place.write_replace(bytes(content), output.child("_job/tmp"))
+    with pytest.raises(OutputError, match=r"part-.*damaged"):
+        export(str(output), str(tmp_path / "copy"))
