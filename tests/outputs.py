@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 
 from batchinfer.planner import plan_input
 from batchinfer.records import Completion, Plan, RowError, Shard, WorkUnit
+from batchinfer.storage.dead_letters import look_at_dead_letters
 from batchinfer.storage.failures import RetryPolicy
 from batchinfer.storage.filesystem import locate
-from batchinfer.storage.layout import write_job, write_plan
+from batchinfer.storage.layout import COMPLETIONS, ERRORS, parts, write_job, write_plan
 from batchinfer.storage.location import Location
 from batchinfer.storage.reader import ParquetReader
 from batchinfer.storage.writer import PartFormat, PublishOutcome, publish_unit
@@ -87,3 +88,8 @@ def finished_job(tmp_path: Path, num_rows: int = 25, n: int = 1, dead: Sequence[
     for unit in plan.units:
         publish(output, plan, unit, dead=dead if unit.first_row == 0 else (), n=n)
     return output, plan
+
+
+def num_dead_letters(output: Location) -> int:
+    """Dead letters of all committed units, as runs and status count them."""
+    return look_at_dead_letters(output, parts(output, COMPLETIONS), parts(output, ERRORS)).total

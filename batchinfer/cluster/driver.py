@@ -27,7 +27,7 @@ from batchinfer.storage.lease import acquire, take_over
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class OutputWork:
     """What sets a run apart from other passes over an output that need the lease, replicas and the loop."""
 
     #: What there is to do, from job and output as they are; before the lease, and once more when it is held.
@@ -56,12 +56,14 @@ def run(
         LeaseHeld: another run holds the output.
         RunInterrupted: stopped, or cluster or storage were lost; run again to continue.
     """
-    work = Work(lambda policy: prepare(spec, policy), lambda found: compare_with_output(found.facts, found.output))
+    work = OutputWork(
+        lambda policy: prepare(spec, policy), lambda found: compare_with_output(found.facts, found.output)
+    )
     return drive(work, view, stop=stop, takeover=takeover, chaos=chaos)
 
 
 def drive(
-    work: Work,
+    work: OutputWork,
     view: ProgressView | None = None,
     *,
     stop: threading.Event | None = None,

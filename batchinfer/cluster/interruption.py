@@ -54,10 +54,6 @@ class Interruption:
         """Whether the run is to drain."""
         return self._stop.is_set()
 
-    def wait(self, timeout_s: float) -> bool:
-        """Sleep, but not past the first signal; returns :attr:`is_asked`."""
-        return self._stop.wait(timeout_s)
-
     def check(self) -> None:
         """Raise RunInterrupted once the run is asked to stop; for the time before it has anything to drain."""
         if self._stop.is_set():

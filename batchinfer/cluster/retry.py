@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from batchinfer.cluster.driver import Work, drive
+from batchinfer.cluster.driver import OutputWork, drive
 from batchinfer.cluster.result import JobResult
 from batchinfer.cluster.retry_prepare import look_at_output, prepare_retry
 from batchinfer.progress import ProgressView
@@ -34,7 +34,7 @@ def retry_failed(
         RunInterrupted: stopped, or cluster or storage were lost; retry again to continue.
     """
     kinds = tuple(error_types)
-    work = Work(
+    work = OutputWork(
         lambda policy: prepare_retry(spec, kinds, policy),
         lambda found: look_at_output(found.facts, found.output, kinds),
     )

@@ -48,7 +48,6 @@ _CHEAP_FILTERS |= {"select", "selectattr"}
 #: Filters that write out their value with everything inside it.
 _WRITING_FILTERS = frozenset({"escape", "e", "forceescape", "join", "pprint", "string", "tojson", "urlencode"})
 
-Sized = str | bytes | list[object] | tuple[object, ...] | dict[object, object]
 _SIZED = (str, bytes, list, tuple, dict)
 
 

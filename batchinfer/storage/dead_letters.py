@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from batchinfer.storage.checksums import read_label
-from batchinfer.storage.layout import COMPLETIONS, ERRORS, parts
+from batchinfer.storage.layout import COMPLETIONS, ERRORS
 from batchinfer.storage.location import FoundFile, Location
 from batchinfer.storage.part_tables import DeadRows
 
@@ -73,11 +73,6 @@ def look_at_dead_letters(
 def errors_fit(committed: DeadRows, reasons: DeadRows | None) -> bool:
     """Whether an errors part tells of exactly the rows that its unit's completions part lacks; None = damaged."""
     return committed.number > 0 and reasons == committed
-
-
-def count_dead_letters(output: Location) -> int:
-    """Dead letters of all committed units, as :func:`look_at_dead_letters` counts them."""
-    return look_at_dead_letters(output, parts(output, COMPLETIONS), parts(output, ERRORS)).total
 
 
 def dead_letters_of_every_unit(output: Location, completions: Mapping[str, FoundFile]) -> dict[str, int]:

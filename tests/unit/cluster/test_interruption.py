@@ -24,10 +24,11 @@ def send(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_only_asks(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with Interruption(end=pytest.fail) as interruption:
+    stop = threading.Event()
+    with Interruption(stop, end=pytest.fail) as interruption:
         interruption.check()
         send(number)
-        assert interruption.wait(DEADLINE_S)
+        assert stop.wait(DEADLINE_S)
         assert interruption.is_asked
         with pytest.raises(RunInterrupted, match="run the same command again"):
             interruption.check()
@@ -81,9 +82,10 @@ def test_a_signal_that_python_swallows_is_seen_at_the_end_of_the_block_and_print
 
 
 def test_a_signal_before_the_block_keeps_it_from_beginning() -> None:
-    with Interruption(end=pytest.fail) as interruption:
+    stop = threading.Event()
+    with Interruption(stop, end=pytest.fail) as interruption:
         send(signal.SIGINT)
-        assert interruption.wait(DEADLINE_S)
+        assert stop.wait(DEADLINE_S)
         with pytest.raises(RunInterrupted), interruption.breaking_off():
             pytest.fail("began")
 
@@ -97,9 +99,10 @@ def test_an_exit_that_no_signal_asked_for_is_left_alone() -> None:
 
 def test_a_second_signal_ends_it() -> None:
     reasons: queue.SimpleQueue[str] = queue.SimpleQueue()
-    with Interruption(end=reasons.put) as interruption:
+    stop = threading.Event()
+    with Interruption(stop, end=reasons.put):
         send(signal.SIGTERM)
-        assert interruption.wait(DEADLINE_S)
+        assert stop.wait(DEADLINE_S)
         send(signal.SIGINT)
         assert "second signal" in reasons.get(timeout=DEADLINE_S)
 
@@ -123,8 +126,9 @@ def test_the_deadline_counts_from_the_first_signal_and_other_signals_do_not_move
 
 
 def test_without_a_signal_there_is_no_deadline() -> None:
-    with Interruption(deadline_s=0.05, end=pytest.fail) as interruption:
-        assert not interruption.wait(0.2)
+    stop = threading.Event()
+    with Interruption(stop, deadline_s=0.05, end=pytest.fail):
+        assert not stop.wait(0.2)
 
 
 def test_in_another_thread_only_the_callers_event_counts() -> None:

@@ -12,7 +12,7 @@ from batchinfer.audit import verify
 from batchinfer.errors import OutputError, PartExists, StorageUnavailable
 from batchinfer.records import Completion, Plan, RowError, TokenLogprobs, WorkUnit
 from batchinfer.storage import writer
-from batchinfer.storage.dead_letters import count_dead_letters, look_at_dead_letters
+from batchinfer.storage.dead_letters import look_at_dead_letters
 from batchinfer.storage.filesystem import RemoteLocation, locate
 from batchinfer.storage.layout import (
     COMPLETIONS,
@@ -33,6 +33,7 @@ from tests.outputs import (
     completions_of,
     dead_letters_of,
     memory_uri,
+    num_dead_letters,
     planned,
     publish,
     rows_table,
@@ -417,7 +418,7 @@ def test_a_writer_that_dies_over_a_lost_commit_removes_no_reason_of_the_winner(
     monkeypatch.setattr(kind, "create_exclusive", lose_and_die)
     with pytest.raises(SimulatedCrash):
         publish_unit(output, unit, rows_table(10), completions_of(unit), [], PART)
-    assert count_dead_letters(output) == 2
+    assert num_dead_letters(output) == 2
 
 
 def test_dead_letters_of_an_attempt_that_died_are_removed_behind_the_commit(output: Location, plan: Plan) -> None:
