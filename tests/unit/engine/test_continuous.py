@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,8 @@ from transformers import PreTrainedModel
 from batchinfer.engine import kv_cache
 from batchinfer.engine.continuous import ContinuousEngine
 from batchinfer.engine.decoder import Decoder
-from batchinfer.engine.decoder_config import decoder_config
-from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.engine import Sequence
 from batchinfer.engine.scheduler_limits import Limits
-from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import SamplingParams
 from tests.unit.engine.tiny_models import (
     EOS,
@@ -26,6 +22,7 @@ from tests.unit.engine.tiny_models import (
     padded,
     ragged_prompts,
     sequences,
+    tiny_decoder,
     tiny_model,
 )
 
@@ -43,12 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrain
     found = {}
     for family in FAMILIES:
         model = tiny_model(family)
-        directory = tmp_path_factory.mktemp(family)
-        model.save_pretrained(directory)
-        config = decoder_config(model.config)
-        files = sorted(Path(directory).glob("*.safetensors"))
-        weights = load_weights(config, files, dtype=torch.float32, device=torch.device("cpu"))
-        found[family] = (model, Decoder(config, weights, TorchOps(), max_positions=512))
+        found[family] = (model, tiny_decoder(model, tmp_path_factory.mktemp(family)))
     return found
 
 

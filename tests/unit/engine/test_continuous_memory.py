@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +9,13 @@ import torch
 from batchinfer.engine import kv_cache, sampler
 from batchinfer.engine.continuous import ContinuousEngine
 from batchinfer.engine.decoder import Decoder
-from batchinfer.engine.decoder_config import DecoderConfig, decoder_config
-from batchinfer.engine.decoder_weights import load_weights
+from batchinfer.engine.decoder_config import DecoderConfig
 from batchinfer.engine.engine import Generation
 from batchinfer.engine.out_of_memory import is_out_of_memory
 from batchinfer.engine.scheduler_limits import Limits
 from batchinfer.engine.step_tensors import StepTensors
-from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import SamplingParams
-from tests.unit.engine.tiny_models import EOS, drain, ragged_prompts, sequences, tiny_model
+from tests.unit.engine.tiny_models import EOS, drain, ragged_prompts, sequences, tiny_decoder, tiny_model
 
 GREEDY = SamplingParams(max_new_tokens=24)
 DRAWN = SamplingParams(max_new_tokens=24, temperature=0.9, seed=5, n=2, logprobs=1, repetition_penalty=1.1)
@@ -66,13 +63,7 @@ class ShortOfMemory:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    model = tiny_model("llama")
-    directory = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(directory)
-    config = decoder_config(model.config)
-    files = sorted(Path(directory).glob("*.safetensors"))
-    weights = load_weights(config, files, dtype=torch.float32, device=torch.device("cpu"))
-    return Decoder(config, weights, TorchOps(), max_positions=512)
+    return tiny_decoder(tiny_model("llama"), tmp_path_factory.mktemp("llama"))
 
 
 def engine_over(device: ShortOfMemory | Decoder, num_steps_ahead: int = 0, limits: Limits = ROOMY) -> ContinuousEngine:

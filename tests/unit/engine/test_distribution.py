@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +17,9 @@ from transformers import (
 from batchinfer.engine import kv_cache
 from batchinfer.engine.continuous import ContinuousEngine
 from batchinfer.engine.decoder import Decoder
-from batchinfer.engine.decoder_config import decoder_config
-from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.scheduler_limits import Limits
-from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import SamplingParams
-from tests.unit.engine.tiny_models import VOCAB, drain, sequences, tiny_model
+from tests.unit.engine.tiny_models import VOCAB, drain, sequences, tiny_decoder, tiny_model
 
 NUM_SAMPLES = 3000
 PROMPT = (5, 17, 60, 33, 8)
@@ -38,12 +34,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def decoder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    directory = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(directory)
-    config = decoder_config(model.config)
-    files = sorted(Path(directory).glob("*.safetensors"))
-    weights = load_weights(config, files, dtype=torch.float32, device=torch.device("cpu"))
-    return Decoder(config, weights, TorchOps(), max_positions=512)
+    return tiny_decoder(model, tmp_path_factory.mktemp("llama"))
 
 
 def probabilities(model: PreTrainedModel, tokens: tuple[int, ...], params: SamplingParams) -> torch.Tensor:

@@ -7,7 +7,6 @@ time, and padding touches nobody's places.
 import importlib.util
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ import torch
 from batchinfer.engine import kv_cache
 from batchinfer.engine.continuous import ContinuousEngine
 from batchinfer.engine.decoder import Decoder
-from batchinfer.engine.decoder_config import decoder_config
-from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.graphs import GraphedDecoder, Replay, graph_sizes
 from batchinfer.engine.kernel_shapes import DeviceLimits
 from batchinfer.engine.kv_cache import KvCache
@@ -27,7 +24,7 @@ from batchinfer.engine.step_plan import DecodeRow, StepPlan
 from batchinfer.engine.step_tensors import StepTensors, build
 from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import SamplingParams
-from tests.unit.engine.tiny_models import EOS, drain, ragged_prompts, sequences, tiny_model
+from tests.unit.engine.tiny_models import EOS, drain, ragged_prompts, sequences, tiny_decoder, tiny_model
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install -c constraints.txt triton)", allow_module_level=True)
@@ -70,16 +67,9 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]:
-    found = {}
-    for family in FAMILIES:
-        model = tiny_model(family)
-        directory = tmp_path_factory.mktemp(family)
-        model.save_pretrained(directory)
-        config = decoder_config(model.config)
-        files = sorted(Path(directory).glob("*.safetensors"))
-        weights = load_weights(config, files, dtype=torch.float32, device=CPU)
-        found[family] = Decoder(config, weights, ForgetfulOps(), max_positions=512)
-    return found
+    return {
+        family: tiny_decoder(tiny_model(family), tmp_path_factory.mktemp(family), ForgetfulOps()) for family in FAMILIES
+    }
 
 
 def engine(decoder: Decoder | GraphedDecoder, kv: kv_cache.KvCache, limits: Limits, ahead: int) -> ContinuousEngine:

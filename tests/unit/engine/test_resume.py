@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +12,11 @@ from transformers import PreTrainedModel
 from batchinfer.engine import kv_cache
 from batchinfer.engine.continuous import ContinuousEngine
 from batchinfer.engine.decoder import Decoder
-from batchinfer.engine.decoder_config import decoder_config
-from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.engine import Engine, Generation, Sequence
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine
 from batchinfer.engine.scheduler_limits import Limits
-from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import SamplingParams
-from tests.unit.engine.tiny_models import EOS, VOCAB, drain, padded, ragged_prompts, sequences, tiny_model
+from tests.unit.engine.tiny_models import EOS, VOCAB, drain, padded, ragged_prompts, sequences, tiny_decoder, tiny_model
 
 DRAWN = SamplingParams(max_new_tokens=14, temperature=0.9, top_p=0.95, top_k=40, seed=11, n=2)
 ROOMY = Limits(num_places=2048, max_rows=64, max_step_tokens=256)
@@ -53,12 +49,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def decoder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    directory = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(directory)
-    config = decoder_config(model.config)
-    files = sorted(Path(directory).glob("*.safetensors"))
-    weights = load_weights(config, files, dtype=torch.float32, device=torch.device("cpu"))
-    return Decoder(config, weights, TorchOps(), max_positions=512)
+    return tiny_decoder(model, tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture

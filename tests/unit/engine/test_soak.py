@@ -11,14 +11,12 @@ import torch
 from batchinfer.engine import kv_cache
 from batchinfer.engine.continuous import ContinuousEngine
 from batchinfer.engine.decoder import Decoder
-from batchinfer.engine.decoder_config import DecoderConfig, decoder_config
-from batchinfer.engine.decoder_weights import load_weights
+from batchinfer.engine.decoder_config import DecoderConfig
 from batchinfer.engine.engine import Generation, Sequence
 from batchinfer.engine.scheduler_limits import Limits
 from batchinfer.engine.step_tensors import StepTensors
-from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import Prompt, SamplingParams
-from tests.unit.engine.tiny_models import EOS, VOCAB, drain, tiny_model
+from tests.unit.engine.tiny_models import EOS, VOCAB, drain, tiny_decoder, tiny_model
 
 NUM_DIFFERENT = 200
 #: Sequences submitted and not ended.
@@ -33,13 +31,7 @@ def text_of(token_ids: tuple[int, ...]) -> str:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    model = tiny_model("llama")
-    directory = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(directory)
-    config = decoder_config(model.config)
-    files = sorted(Path(directory).glob("*.safetensors"))
-    weights = load_weights(config, files, dtype=torch.float32, device=torch.device("cpu"))
-    return Decoder(config, weights, TorchOps(), max_positions=128)
+    return tiny_decoder(tiny_model("llama"), tmp_path_factory.mktemp("llama"), max_positions=128)
 
 
 @dataclass

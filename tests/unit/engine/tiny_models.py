@@ -1,6 +1,7 @@
-"""Tiny random models straight from their configs, and small builders for sequences. No files, no tokeniser."""
+"""Tiny random models straight from their configs, the lean decoder over them, and small builders for sequences."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,13 @@ from transformers import (
 )
 from transformers.models.exaone_moe import ExaoneMoeConfig
 
+from batchinfer.engine.decoder import Decoder
+from batchinfer.engine.decoder_config import decoder_config
+from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.engine import Generation, Sequence
+from batchinfer.engine.ops import Ops
 from batchinfer.engine.padded import PaddedEngine
+from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import Prompt, SamplingParams
 
 VOCAB = 97
@@ -72,6 +78,15 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = EOS
     return model.eval()
+
+
+def tiny_decoder(model: PreTrainedModel, directory: Path, ops: Ops | None = None, max_positions: int = 512) -> Decoder:
+    """The lean decoder over the model's weights, by way of its files in ``directory``; float32 on the CPU."""
+    model.save_pretrained(directory)
+    config = decoder_config(model.config)
+    files = sorted(directory.glob("*.safetensors"))
+    weights = load_weights(config, files, dtype=torch.float32, device=torch.device("cpu"))
+    return Decoder(config, weights, ops or TorchOps(), max_positions)
 
 
 def ragged_prompts(num: int, seed: int = 0, longest: int = 24) -> list[tuple[int, ...]]:
