@@ -69,7 +69,7 @@ def test_every_command_stands_in_the_table(name: str) -> None:
 
 
 def test_every_command_the_readme_names_exists() -> None:
-    # A command, not the prose's "batchinfer's own code" nor `batchinfer/cli.py`.
+    # A command, not the prose's "batchinfer's own code" nor `batchinfer/cli/`.
     named = set(re.findall(r"(?:^|`|-m )batchinfer ([a-z-]+)", README, re.MULTILINE))
     assert named
     assert named <= set(main.commands)

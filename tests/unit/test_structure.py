@@ -59,8 +59,8 @@ OWNERS = {
     "torch": ("engine/", "models/", "cluster/replica.py"),
     "triton": ("engine/",),
     "pydantic": ("spec.py", "job_file.py", "job_problems.py", "prompts/"),
-    "rich": ("progress.py", "cli.py", "cli_text.py"),
-    "click": ("cli.py",),
+    "rich": ("progress.py", "cli/", "cli_text.py"),
+    "click": ("cli/",),
 }
 BANNED_WORDS = re.compile(r"manager|helper|utils|handler|(^|_)data($|_)|(^|_)info($|_)|^process_")
 
