@@ -47,9 +47,16 @@ _STDERR = 2
 _FINISHED = (EXIT_COMPLETE, EXIT_DEAD_LETTERS)
 _DOCUMENTED = (*_FINISHED, EXIT_JOB_ERROR, EXIT_RUN_AGAIN, -signal.SIGKILL)
 _DOUBLED = ("duplicated_row", "row_in_both")
+#: Of a row that was alone with its replica at two deaths: its own doing, or that of chaos.
+_CONVICTED = "killed_replica"
 
-#: The command line of the run with this number.
-ChildCommand = Callable[[int], Sequence[str]]
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Command lines of the children: the run with a number, and the retry at the end."""
+
+    run: Callable[[int], Sequence[str]]
+    retry: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ class ChaosReport:
     exit_codes: tuple[int, ...]
     num_tokens_generated: int
     num_tokens_in_output: int
+    #: Rows that chaos made look like poison, and that `retry-failed` has generated since.
+    num_rows_acquitted: int
     verification: VerifyReport
 
     @property
@@ -117,21 +126,25 @@ class ChaosReport:
             f"  verify --deep  {found.verdict}",
         ]
         lines += [f"    {finding.kind} {finding.where}: {finding.detail}" for finding in found.findings[:20]]
-        if suspects := found.dead_letters_by_type.get("killed_replica", 0):
+        if self.num_rows_acquitted:
             lines.append(
-                f"  {suspects} dead letters are rows whose replica was killed twice while they were alone with it; if "
-                "chaos did that, `batchinfer retry-failed` generates them"
+                f"  {self.num_rows_acquitted} rows were alone with their replica when chaos killed it twice, and so "
+                "became dead letters; `batchinfer retry-failed` has generated them since"
             )
         if self.undocumented:
             lines.append(f"  undocumented exit codes: {' '.join(map(str, self.undocumented))}")
         return lines
 
 
-def child_command(job: Path, overrides: Sequence[str], chaos: str, seed: int) -> ChildCommand:
-    """``batchinfer run`` in a process of its own, told which run under chaos it is."""
-    given = [argument for override in overrides for argument in ("--set", override)]
-    command = [sys.executable, "-m", "batchinfer", "run", str(job), *given, "--chaos", chaos, "--seed", str(seed)]
-    return lambda number: [*command, "--chaos-run", str(number)]
+def child_commands(job: Path, overrides: Sequence[str], chaos: str, seed: int) -> Commands:
+    """``batchinfer run`` in a process of its own, told which run under chaos it is; the retry is without chaos."""
+    program = [sys.executable, "-m", "batchinfer"]
+    given = [str(job), *(argument for override in overrides for argument in ("--set", override))]
+    run = [*program, "run", *given, "--chaos", chaos, "--seed", str(seed)]
+    return Commands(
+        run=lambda number: [*run, "--chaos-run", str(number)],
+        retry=[*program, "retry-failed", *given, "--error-type", _CONVICTED],
+    )
 
 
 def chaos_plan(spec: JobSpec, chaos: ChaosSpec, seed: int, run_number: int) -> ChaosPlan:
@@ -139,10 +152,11 @@ def chaos_plan(spec: JobSpec, chaos: ChaosSpec, seed: int, run_number: int) -> C
     return ChaosPlan(Chaos(chaos, seed, run_number), spec.output.path, spec.output.storage_options)
 
 
-def run_under_chaos(spec: JobSpec, command: ChildCommand, chaos: ChaosSpec, seed: int) -> ChaosReport:
+def run_under_chaos(spec: JobSpec, commands: Commands, chaos: ChaosSpec, seed: int) -> ChaosReport:
     """Run a job again and again until it ends by itself, then audit its output.
 
-    At most ``chaos.runs`` runs with deaths and a few without. In the main thread SIGINT and SIGTERM are passed on to
+    At most ``chaos.runs`` runs with deaths and a few without. Rows that chaos made look like poison are then retried
+    without it; a row that is poison stays a dead letter. In the main thread SIGINT and SIGTERM are passed on to
     the run under way.
 
     Raises:
@@ -156,7 +170,7 @@ def run_under_chaos(spec: JobSpec, command: ChildCommand, chaos: ChaosSpec, seed
     exit_codes: list[int] = []
     verification: VerifyReport | None = None
     for number in range(chaos.runs + NUM_QUIET_RUNS):
-        exit_codes.append(_run_child(command(number)))
+        exit_codes.append(_run_child(commands.run(number)))
         logger.info("chaos: run %d ended with %d", number, exit_codes[-1])
         if exit_codes[-1] == EXIT_JOB_ERROR:
             raise SpecError("the job itself is wrong, as its run has said; chaos ends here")
@@ -165,7 +179,31 @@ def run_under_chaos(spec: JobSpec, command: ChildCommand, chaos: ChaosSpec, seed
             # What a replica has written behind its dead driver's successor, another run mends.
             if verification.exit_code != EXIT_RUN_AGAIN:
                 break
-    return _report(output, seed, exit_codes, verification or _verify(spec))
+    notes, num_tokens = read_notes(output), _num_tokens(output)
+    before = verification or _verify(spec)
+    after = _retried(spec, commands.retry, exit_codes) if _CONVICTED in before.dead_letters_by_type else before
+    num_tokens_at_end = _num_tokens(output)
+    return ChaosReport(
+        seed=seed,
+        num_driver_kills=sum(code == -signal.SIGKILL for code in exit_codes),
+        num_replica_kills=sum(_is_replica_kill(note) for note in notes),
+        exit_codes=tuple(exit_codes),
+        # The retry, without chaos, takes no notes.
+        num_tokens_generated=sum(note.num_tokens for note in notes) + num_tokens_at_end - num_tokens,
+        num_tokens_in_output=num_tokens_at_end,
+        num_rows_acquitted=_num_convicted(before) - _num_convicted(after),
+        verification=after,
+    )
+
+
+def _retried(spec: JobSpec, command: Sequence[str], exit_codes: list[int]) -> VerifyReport:
+    exit_codes.append(_run_child(command))
+    logger.info("chaos: the retry of rows that killed their replica ended with %d", exit_codes[-1])
+    return _verify(spec)
+
+
+def _num_convicted(report: VerifyReport) -> int:
+    return report.dead_letters_by_type.get(_CONVICTED, 0)
 
 
 def _refuse_held(output: Location) -> None:
@@ -211,19 +249,6 @@ def _passing_on_signals() -> "Iterator[tuple[threading.Event, list[subprocess.Po
 
 def _verify(spec: JobSpec) -> VerifyReport:
     return verify_deep(spec.output.path, spec.output.storage_options, spec.input.storage_options)
-
-
-def _report(output: Location, seed: int, exit_codes: Sequence[int], verification: VerifyReport) -> ChaosReport:
-    notes = read_notes(output)
-    return ChaosReport(
-        seed=seed,
-        num_driver_kills=sum(code == -signal.SIGKILL for code in exit_codes),
-        num_replica_kills=sum(_is_replica_kill(note) for note in notes),
-        exit_codes=tuple(exit_codes),
-        num_tokens_generated=sum(note.num_tokens for note in notes),
-        num_tokens_in_output=_num_tokens(output),
-        verification=verification,
-    )
 
 
 def _is_replica_kill(note: ProcessNote) -> bool:

@@ -65,13 +65,22 @@ def read_rows(shard: Shard, unit: WorkUnit) -> pa.Table:
 
 
 def publish(
-    output: Location, plan: Plan, unit: WorkUnit, *, dead: Sequence[int] = (), n: int = 1, part: PartFormat = PART
+    output: Location,
+    plan: Plan,
+    unit: WorkUnit,
+    *,
+    dead: Sequence[int] = (),
+    error_type: str = "too_long",
+    n: int = 1,
+    part: PartFormat = PART,
 ) -> PublishOutcome:
     """Publish a unit of a plan over ``write_shard`` files: the ``dead`` offsets as dead letters, the rest completed."""
     shard = next(shard for shard in plan.shards if shard.shard_id == unit.shard_id)
     completed = [offset for offset in range(unit.num_rows) if offset not in dead]
     completions = completions_of(unit, completed, n)
-    return publish_unit(output, unit, read_rows(shard, unit), completions, dead_letters_of(unit, dead), part)
+    return publish_unit(
+        output, unit, read_rows(shard, unit), completions, dead_letters_of(unit, dead, error_type), part
+    )
 
 
 def begin_job(output: Location, plan: Plan, n: int = 1, sampling_column: str | None = None) -> None:
@@ -80,13 +89,15 @@ def begin_job(output: Location, plan: Plan, n: int = 1, sampling_column: str | N
     write_job(output, {"name": "test", "fingerprint": FINGERPRINT, "n": n, "sampling_column": sampling_column})
 
 
-def finished_job(tmp_path: Path, num_rows: int = 25, n: int = 1, dead: Sequence[int] = ()) -> tuple[Location, Plan]:
+def finished_job(
+    tmp_path: Path, num_rows: int = 25, n: int = 1, dead: Sequence[int] = (), error_type: str = "too_long"
+) -> tuple[Location, Plan]:
     """An output with every unit of one shard committed; ``dead`` are offsets in its first unit."""
     plan = planned(write_shard(tmp_path / "in" / "a.parquet", num_rows).parent)
     output = locate(str(tmp_path / "out"))
     begin_job(output, plan, n)
     for unit in plan.units:
-        publish(output, plan, unit, dead=dead if unit.first_row == 0 else (), n=n)
+        publish(output, plan, unit, dead=dead if unit.first_row == 0 else (), error_type=error_type, n=n)
     return output, plan
 
 

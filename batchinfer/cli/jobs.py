@@ -58,11 +58,11 @@ def run(
     faults: FaultPlan | None = None
     if chaos is not None:
         from batchinfer.chaos import parse_chaos
-        from batchinfer.chaos_run import chaos_plan, child_command, run_under_chaos
+        from batchinfer.chaos_run import chaos_plan, child_commands, run_under_chaos
 
         chaos_spec = parse_chaos(chaos)
         if chaos_run is None:
-            survived = run_under_chaos(spec, child_command(job, overrides, chaos, seed), chaos_spec, seed)
+            survived = run_under_chaos(spec, child_commands(job, overrides, chaos, seed), chaos_spec, seed)
             click.echo(json.dumps(survived.as_json()) if as_json else "\n".join(survived.lines()))
             return survived.exit_code
         faults = chaos_plan(spec, chaos_spec, seed, chaos_run)

@@ -5,13 +5,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from batchinfer.chaos import ChaosSpec
-from batchinfer.chaos_run import NUM_QUIET_RUNS, ChildCommand, child_command, run_under_chaos
+from batchinfer.chaos_run import NUM_QUIET_RUNS, Commands, child_commands, run_under_chaos
 from batchinfer.errors import LeaseHeld, RunInterrupted, SpecError
 from batchinfer.spec import JobSpec
 from batchinfer.storage.chaos_faults import CHAOS
@@ -33,9 +32,10 @@ def spec(tmp_path: Path, output: Location) -> JobSpec:
     return job(tmp_path / "model", tmp_path / "in", tmp_path / "out")
 
 
-def programs(*lines: str) -> ChildCommand:
+def programs(*lines: str, retry: str = "raise SystemExit('nothing is to be retried')") -> Commands:
     """The n-th run is the n-th line of Python, the last one again and again."""
-    return lambda number: [sys.executable, "-S", "-c", lines[min(number, len(lines) - 1)]]
+    python = [sys.executable, "-S", "-c"]
+    return Commands(lambda number: [*python, lines[min(number, len(lines) - 1)]], [*python, retry])
 
 
 KILLED = "import os; os.kill(os.getpid(), 9)"
@@ -94,6 +94,21 @@ def test_the_notes_of_the_dead_are_counted_and_those_of_earlier_chaos_are_not(sp
     assert report.redone_percent == pytest.approx(12.5)
 
 
+def test_rows_that_chaos_made_look_like_poison_are_generated_by_a_retry(tmp_path: Path) -> None:
+    """1. a run ends with a row that killed its replica twice  2. the retry generates it  3. that is what is audited."""
+    convicted, _ = finished_job(tmp_path / "convicted", num_rows=25, dead=[3], error_type="killed_replica")
+    acquitted, _ = finished_job(tmp_path / "acquitted", num_rows=25)
+    where = convicted.uri.removeprefix("file://")
+    retry = f"import shutil; shutil.rmtree({where!r}); shutil.copytree({acquitted.uri!r}, {where!r})"
+    spec = job(tmp_path / "model", tmp_path / "convicted/in", tmp_path / "convicted/out")
+    report = run_under_chaos(spec, programs(DEAD_LETTERS, retry=retry), ChaosSpec(), seed=0)
+    assert (report.exit_codes, report.exit_code) == ((1, 0), 0)
+    assert report.num_rows_acquitted == 1
+    # The retry's row of 3 tokens was generated, too.
+    assert (report.num_tokens_generated, report.num_tokens_in_output) == (3, 75)
+    assert "1 rows were alone with their replica when chaos killed it twice" in "\n".join(report.lines())
+
+
 def test_an_output_that_another_run_holds_is_left_alone(spec: JobSpec, output: Location) -> None:
     acquire(output, "theirs", 60)
     with pytest.raises(LeaseHeld, match="held by run theirs"):
@@ -124,11 +139,15 @@ def test_a_signal_is_passed_on_and_no_other_run_follows(spec: JobSpec, tmp_path:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_child_gets_the_same_job_and_the_number_of_its_run() -> None:
-    given: Sequence[str] = child_command(Path("job.yaml"), ["sampling.seed=1"], "fail=0.1", 7)(4)
-    assert given[1:] == [
+def test_the_children_get_the_same_job_and_a_run_its_number() -> None:
+    commands = child_commands(Path("job.yaml"), ["sampling.seed=1"], "fail=0.1", 7)
+    assert list(commands.run(4))[1:] == [
         *("-m", "batchinfer", "run", "job.yaml", "--set", "sampling.seed=1"),
         *("--chaos", "fail=0.1", "--seed", "7", "--chaos-run", "4"),
+    ]
+    assert list(commands.retry)[1:] == [
+        *("-m", "batchinfer", "retry-failed", "job.yaml", "--set", "sampling.seed=1"),
+        *("--error-type", "killed_replica"),
     ]
 
 
