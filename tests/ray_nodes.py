@@ -88,10 +88,11 @@ def _obey() -> None:
     nodes: dict[str, Any] = {}
 
     def kill(node: Any) -> None:
-        for kind in node.all_processes.values():
-            for each in kind:
-                for child in [*psutil.Process(each.process.pid).children(recursive=True), each.process]:
-                    child.send_signal(signal.SIGKILL)
+        parents = [each.process for kind in node.all_processes.values() for each in kind]
+        children = [child for each in parents for child in psutil.Process(each.pid).children(recursive=True)]
+        # The raylet first: one that outlives its workers by a moment tells of their deaths, not of the machine's.
+        for each in [*parents, *children]:
+            each.send_signal(signal.SIGKILL)
 
     for line in sys.stdin:
         answer: object = None

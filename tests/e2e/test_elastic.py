@@ -79,7 +79,7 @@ def test_nodes_join_get_notice_and_vanish_while_a_job_runs(tmp_path: Path, nodes
     assert run.wait() == 0, run.log.read_text()
 
     died = [event for event in events(output) if event["event"] == "replica_died"]
-    assert [(event["replica"], event["blameless"]) for event in died] == [(1, True)]
+    assert [(event["replica"], event["blameless"]) for event in died] == [(1, True)], died
     # What the drained replica had begun went on elsewhere, from its journal.
     resumed = [event["num_resumed_tokens"] for event in events(output) if event["event"] == "unit_committed"]
     assert any(resumed)

@@ -30,7 +30,7 @@ def chaos(job_file: Path, spec: str, seed: int) -> subprocess.CompletedProcess[s
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=4 * PATIENCE_S,
             check=False,
         )
 

@@ -104,6 +104,7 @@ def test_a_server_that_stays_away_ends_the_run_with_3_and_a_later_run_completes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_chaos_on_s3(server: S3Server, job_file: Path, expected: list[tuple[object, ...]]) -> None:
     """Driver and replicas killed, one call in twenty failing, the lease stolen."""
     ended = chaos(job_file, "kill-replica=0.05,kill-driver=0.02,fail=0.05,expire-lease=0.01,runs=5", seed=1)
