@@ -10,10 +10,11 @@ from rich.table import Table
 from batchinfer.audit import Finding, Remark, VerifyReport
 from batchinfer.cluster.prepare import Preparation
 from batchinfer.cluster.result import JobResult
+from batchinfer.live_table import replica_table
 from batchinfer.records import COMPLETION, FINISH_REASON, ROW_ID
 from batchinfer.redact import redact
 from batchinfer.report import Status
-from batchinfer.telemetry import duration, shown
+from batchinfer.telemetry import amiss, duration, shown, time_left
 
 _MAX_NAMED = 10
 _MAX_PROMPT_CHARACTERS = 200
@@ -45,7 +46,10 @@ def print_result(result: JobResult) -> None:
         table.add_row("dead letters", f"{result.num_dead_letters:,}{f' ({by_type})' if by_type else ''}")
     num_generated = result.num_completion_tokens - result.num_resumed_tokens
     rate = num_generated / result.generation_s if result.generation_s > 0 else 0.0
-    table.add_row("completions", f"{result.num_completions:,}")
+    quality = amiss(result.quality, result.num_completions).removeprefix(", ")
+    table.add_row("completions", f"{result.num_completions:,}{f' ({quality})' if quality else ''}")
+    if result.num_shared_sequences:
+        table.add_row("shared", f"{result.num_shared_sequences:,} sequences: generated once for identical greedy rows")
     table.add_row("prompt tokens", f"{result.num_prompt_tokens:,}")
     resumed = f", {result.num_resumed_tokens:,} of them from journals" if result.num_resumed_tokens else ""
     table.add_row("completion tokens", f"{result.num_completion_tokens:,} ({rate:,.0f}/s{resumed})")
@@ -153,7 +157,9 @@ def print_status(status: Status) -> None:
     table = _facts()
     table.add_row("rows committed", f"{status.num_rows_committed:,} of {status.num_rows:,}")
     table.add_row("units committed", f"{status.num_units_committed:,} of {status.num_units:,}")
-    table.add_row("dead letters", f"{status.num_dead_letters:,}")
+    by_type = dict(sorted(status.dead_letters_by_type.items(), key=lambda it: (-it[1], it[0])))
+    causes = ", ".join(f"{escape(name)} {count:,}" for name, count in by_type.items())
+    table.add_row("dead letters", f"{status.num_dead_letters:,}{f' ({causes})' if causes else ''}")
     unreadable = f" ({status.num_unreadable_shards:,} unreadable)" if status.num_unreadable_shards else ""
     table.add_row("shards", f"{status.num_shards:,}{unreadable}")
     table.add_row("fingerprint", status.fingerprint)
@@ -168,9 +174,20 @@ def print_status(status: Status) -> None:
             "last run",
             f"{run.run_id}: {run.num_units_committed:,} units, {run.num_completion_tokens:,} tokens "
             f"({run.completion_tokens_per_s:,.0f}/s), {run.num_replicas_died} replicas died, "
-            f"{run.num_unit_failures} unit failures; {run.last_event} at {run.last_event_at}",
+            f"{run.num_unit_failures} unit failures{amiss(run.quality, run.num_completions)}; "
+            f"{f'drained for {run.stop_reason}; ' if run.stop_reason else ''}{run.last_event} at {run.last_event_at}",
         )
+    now = status.run_now
+    if now is not None:
+        rates = ""
+        if now.prompt_tokens_per_s is not None and now.completion_tokens_per_s is not None:
+            rates = f"{now.prompt_tokens_per_s:,.0f} in {now.completion_tokens_per_s:,.0f} out tok/s, "
+        table.add_row("now", f"{rates}{now.num_units_in_flight:,} units in flight")
+        if now.eta_s is not None:
+            table.add_row("time left", time_left(now.eta_s, now.eta_range_s))
     console.print(table)
+    if now is not None and now.replicas:
+        console.print(replica_table(now.replicas, console.width))
 
 
 def print_verification(report: VerifyReport) -> None:

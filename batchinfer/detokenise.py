@@ -30,6 +30,17 @@ class Detokenizer:
             return texts
         return self._tokenizer.batch_decode(lists, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    @property
+    def has_json(self) -> bool:
+        """Whether :meth:`to_json` can be had."""
+        return self._backend is not None
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json, added tokens of its other files included."""
+        assert self._backend is not None
+        text: str = self._backend.to_str()
+        return text
+
     def plain_ids(self) -> tuple[int, int]:
         """(number of ids, ids below which special tokens lie): where made-up completions may draw from."""
         num_ids = len(self._tokenizer)

@@ -8,11 +8,13 @@
     │   ├── InputError            input shards or columns
     │   ├── ModelError            config, weights, tokenizer, chat template, device too small
     │   ├── OutputError           the output path cannot hold this job
-    │   └── FingerprintMismatch   the output belongs to a job that would generate something else
+    │   ├── FingerprintMismatch   the output belongs to a job that would generate something else
+    │   └── PoorQuality           more completions are amiss than the job's quality limits allow
     ├── RunInterrupted          exit 3: run the same command again and it continues
     │   ├── LeaseHeld             another live run holds the output
     │   ├── LeaseLost             another run took the output over
     │   ├── ClusterLost           Ray, or every replica, went away
+    │   ├── AllowanceSpent        the job's deadline or its GPU hours are used up
     │   ├── StorageUnavailable    reads or writes kept failing after their retries
     │   └── UnitsGivenUp          some work units failed on every attempt; the others are committed
     ├── PartExists              the unit is committed already; the losing writer drops its copy
@@ -23,6 +25,7 @@ Every class keeps its message in ``args`` alone, so that each survives pickling 
 """
 
 __all__ = [
+    "AllowanceSpent",
     "BatchinferError",
     "ClusterLost",
     "FingerprintMismatch",
@@ -33,6 +36,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "PartExists",
+    "PoorQuality",
     "RowRejected",
     "RunInterrupted",
     "ShardCorrupt",
@@ -79,6 +83,10 @@ class FingerprintMismatch(JobError):
     """The output was begun by a job that generates something else; carries the readable diff."""
 
 
+class PoorQuality(JobError):
+    """Too many completions are empty, truncated, repeating or in the wrong script; says which, and the ways on."""
+
+
 class RunInterrupted(BatchinferError):
     """The run stopped before its end; everything committed stays, the next run continues."""
 
@@ -95,6 +103,10 @@ class LeaseLost(RunInterrupted):
 
 class ClusterLost(RunInterrupted):
     """Ray or every replica went away and could not be replaced."""
+
+
+class AllowanceSpent(RunInterrupted):
+    """The job's deadline has come or its GPU hours are spent; says what is left and how long it would take."""
 
 
 class StorageUnavailable(RunInterrupted):

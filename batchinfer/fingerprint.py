@@ -11,6 +11,17 @@ from batchinfer.spec import JobSpec
 
 _SHOWN_CHARS = 72
 
+#: Keys that came after format 1, with the value that means what jobs without them always meant. At that value they are
+#: left out: an output begun before the key existed is still the same job's.
+ADDED_KEYS: Mapping[str, object] = {
+    "prompt.request": None,
+    "prompt.sampling_template": None,
+    "prompt.turns": None,
+    "sampling.choices": [],
+    "sampling.json_schema": None,
+    "sampling.regex": None,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
@@ -29,6 +40,9 @@ def fingerprint(spec: JobSpec, model_identity: Mapping[str, str]) -> Fingerprint
     prompt = spec.prompt.model_dump(mode="json")
     prompt["chat"] = spec.prompt.applies_chat_template
     prompt["control_tokens"] = spec.prompt.control_token_rule
+    sampling = spec.sampling.model_dump(mode="json")
+    # As text: a schema's members have an order, which completions follow.
+    sampling["json_schema"] = spec.sampling.params().json_schema
     facts: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         **{f"model.{name}": value for name, value in model_identity.items()},
@@ -36,11 +50,15 @@ def fingerprint(spec: JobSpec, model_identity: Mapping[str, str]) -> Fingerprint
         "model.max_model_len": spec.model.max_model_len,
         "engine.fake": spec.engine.kind == "fake",
         **{f"prompt.{name}": value for name, value in prompt.items()},
-        **{f"sampling.{name}": value for name, value in spec.sampling.model_dump(mode="json").items()},
+        **{f"sampling.{name}": value for name, value in sampling.items()},
         "output.columns": spec.output.columns,
         "output.token_ids": spec.output.token_ids,
     }
-    parts = {name: json.dumps(facts[name], ensure_ascii=False, sort_keys=True) for name in sorted(facts)}
+    parts = {
+        name: json.dumps(facts[name], ensure_ascii=False, sort_keys=True)
+        for name in sorted(facts)
+        if name not in ADDED_KEYS or facts[name] != ADDED_KEYS[name]
+    }
     canonical = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
     return Fingerprint(digest=hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16], parts=parts)
 

@@ -1,13 +1,14 @@
-"""How a run's progress is drawn: a live bar on a terminal, a line now and then everywhere else."""
+"""How a run's progress is shown: a live view on a terminal, a line now and then everywhere else."""
 
 import logging
 from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
-from batchinfer.telemetry import RunProgress, duration, engine_use, progress_line
+from batchinfer.live_table import live_table
+from batchinfer.telemetry import RunProgress, progress_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,21 @@ class SilentProgress:
         pass
 
 
+class SeveralViews:
+    """Shows everything to each of them, in order."""
+
+    def __init__(self, *views: ProgressView) -> None:
+        self._views = views
+
+    def show(self, progress: RunProgress) -> None:
+        for view in self._views:
+            view.show(progress)
+
+    def close(self) -> None:
+        for view in self._views:
+            view.close()
+
+
 class LineProgress:
     """A log line every :data:`LINE_INTERVAL_S` seconds: for files, pipes and schedulers."""
 
@@ -50,40 +66,15 @@ class LineProgress:
 
 
 class LiveProgress:
-    """A bar that stays at the bottom of the terminal while log lines scroll above it."""
+    """A bar and a line for each replica that stay at the bottom of the terminal while log lines scroll above them."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("rows"),
-            TextColumn("{task.fields[tokens]}"),
-            TextColumn("{task.fields[replicas]}"),
-            TextColumn("{task.fields[engines]}", style="dim"),
-            TextColumn("{task.fields[dead_letters]}", style="yellow"),
-            TextColumn("{task.fields[eta]}", style="cyan"),
-            console=console,
-            auto_refresh=False,
-        )
-        self._task = self._progress.add_task(
-            "", total=None, tokens="", replicas="starting", engines="", dead_letters="", eta=""
-        )
-        self._live = Live(self._progress, console=console, auto_refresh=False, transient=True)
-        self._live.start()
+        self._console = console
+        self._live = Live(Text("starting"), console=console, auto_refresh=False, transient=True)
+        self._live.start(refresh=True)
 
     def show(self, progress: RunProgress) -> None:
-        starting = f"+{progress.num_replicas_starting} starting" if progress.num_replicas_starting else ""
-        self._progress.update(
-            self._task,
-            total=progress.num_rows,
-            completed=progress.num_rows_committed + progress.num_rows_finished,
-            tokens=f"{progress.prompt_tokens_per_s:,.0f} in {progress.completion_tokens_per_s:,.0f} out tok/s",
-            replicas=f"{progress.num_replicas_ready}{starting} replicas",
-            engines=engine_use(progress.engines).removeprefix(", "),
-            dead_letters=f"{progress.num_dead_letters} dead letters" if progress.num_dead_letters else "",
-            eta="" if progress.eta_s is None else f"ETA {duration(progress.eta_s)}",
-        )
-        self._live.refresh()
+        self._live.update(live_table(progress, self._console.width), refresh=True)
 
     def close(self) -> None:
         self._live.stop()

@@ -5,11 +5,14 @@ commit; a *prompt* is one row ready for the engine; a *sequence* (``engine.engin
 prompt; a *completion* is what a sequence became; a *dead letter* is a row that could not be generated.
 """
 
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 FinishReason = Literal["stop", "length"]
+LineCompression = Literal["gzip", "zstd"]
 
 #: Version of the on-disk layout and of the meaning of its rows; an output of another version is another job's.
 FORMAT_VERSION: Final = 1
@@ -22,8 +25,12 @@ NUM_PROMPT_TOKENS = "num_prompt_tokens"
 NUM_COMPLETION_TOKENS = "num_completion_tokens"
 TOKEN_IDS = "token_ids"
 LOGPROBS = "logprobs"
+CHOICES = "choices"
+ANSWERS = "answers"
 
-#: Columns the job adds to the input's columns; an input column of the same name is a spec error.
+#: Columns that jobs add to the input's columns; an input column of the same name is a spec error. ``CHOICES`` and
+#: ``ANSWERS`` are not among them: data sets of questions often have such columns, which are in the way only where a job
+#: scores choices or answers turns.
 GENERATED_COLUMNS = (
     ROW_ID,
     SAMPLE,
@@ -37,11 +44,45 @@ GENERATED_COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True)
+class LineBlocks:
+    """Where the rows of a JSON Lines shard lie: block ``k``, some whole lines, is item ``k`` of each array.
+
+    The first three have one item more: where the last block ends. Bytes are counted behind decompression.
+    """
+
+    first_rows: "array[int]"
+    #: Counted from 1, blank lines too.
+    first_lines: "array[int]"
+    first_bytes: "array[int]"
+    #: CRC-32 of each block, by which a reader knows that it has what was planned.
+    checksums: "array[int]"
+    #: 1 where every row of the block is a JSON object.
+    are_sound: bytes
+    compression: LineCompression | None = None
+
+    def __len__(self) -> int:
+        return len(self.checksums)
+
+    def holding(self, first_row: int, num_rows: int) -> "LineBlocks":
+        """The blocks that hold these rows."""
+        first = bisect_right(self.first_rows, first_row, hi=len(self)) - 1
+        end = bisect_left(self.first_rows, first_row + num_rows)
+        return LineBlocks(
+            first_rows=self.first_rows[first : end + 1],
+            first_lines=self.first_lines[first : end + 1],
+            first_bytes=self.first_bytes[first : end + 1],
+            checksums=self.checksums[first:end],
+            are_sound=self.are_sound[first:end],
+            compression=self.compression,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One input file.
 
-    ``shard_id`` is 16 hex digits over (``path``, size, footer bytes): it moves with the data set, not
-    with its root. ``path`` is relative to the input root, ``uri`` is where the file is opened.
+    ``shard_id`` is 16 hex digits over (``path``, size, footer bytes; for JSON Lines the content): it moves with the
+    data set, not with its root. ``path`` is relative to the input root, ``uri`` is where the file is opened.
     ``rows_per_unit`` is how an output first cut the shard; later runs of that output keep it.
     """
 
@@ -51,6 +92,8 @@ class Shard:
     num_rows: int
     size_bytes: int
     rows_per_unit: int = 1024
+    #: Of a JSON Lines shard as the planner found it; None for Parquet, and for a shard read back from an output.
+    lines: LineBlocks | None = field(default=None, compare=False, repr=False)
 
     @property
     def units(self) -> "tuple[WorkUnit, ...]":
@@ -61,10 +104,14 @@ class Shard:
             for first_row in range(0, self.num_rows, step)
         )
 
+    def for_unit(self, unit: "WorkUnit") -> "Shard":
+        """The shard as a reader of this unit alone needs it: the small part of ``lines`` that travels with it."""
+        return self if self.lines is None else replace(self, lines=self.lines.holding(unit.first_row, unit.num_rows))
+
 
 @dataclass(frozen=True, slots=True)
 class UnreadableShard:
-    """An input file whose footer cannot be read: its rows cannot be counted, only named."""
+    """An input file whose footer or lines cannot be read: its rows cannot be counted, only named."""
 
     path: str
     uri: str
@@ -113,7 +160,8 @@ class SamplingParams:
     """How one prompt is continued; the engine's view of the job file's ``sampling`` block.
 
     ``stop_token_ids`` comes in addition to the model's own end-of-sequence ids. ``logprobs`` is None
-    (not asked), 0 (the chosen token's) or k (the k best beside it).
+    (not asked), 0 (the chosen token's) or k (the k best beside it). With ``choices`` nothing is generated: each of them
+    is scored as the prompt's continuation.
     """
 
     max_new_tokens: int = 512
@@ -129,6 +177,40 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    choices: tuple[str, ...] = ()
+    #: What a completion is made to be: JSON of a schema (JSON text, its members in the order they are written in), or
+    #: a match of a pattern from its first character to its last. At most one of them.
+    json_schema: str | None = None
+    regex: str | None = None
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether a schema or a pattern says what a completion is."""
+        return self.json_schema is not None or self.regex is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A row whose user turns are answered one after the other, and the answers so far; the next prompt is its."""
+
+    turns: tuple[str, ...]
+    #: As the row asks for it; a prompt's own has a lower ``max_new_tokens`` where the model's limit leaves less.
+    sampling: SamplingParams
+    #: The model's answers to the first turns, as texts.
+    answers: tuple[str, ...] = ()
+
+    @property
+    def turn(self) -> int:
+        """The turn that is answered next, counted from 0."""
+        return len(self.answers)
+
+    @property
+    def is_last_turn(self) -> bool:
+        return self.turn + 1 == len(self.turns)
+
+    def named(self, error: str) -> str:
+        """The error, saying in which turn it is where there are several."""
+        return error if len(self.turns) == 1 else f"turn {self.turn + 1} of {len(self.turns)}: {error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +220,10 @@ class Prompt:
     row_id: str
     token_ids: SequenceOf[int]
     sampling: SamplingParams
+    #: Of each of ``sampling.choices``, tokenised by itself.
+    choice_token_ids: tuple[tuple[int, ...], ...] = ()
+    #: Where the prompt is one turn of a row with several.
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +236,33 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceScore:
+    """One of a row's choices: the sum of its ``num_tokens`` tokens' log-probabilities (natural) behind the prompt, and
+    its share of the likelihood of all the row's choices."""
+
+    choice: str
+    logprob: float
+    probability: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The model's words to one turn of a conversation."""
+
+    completion: str
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One generated sample of one row. ``token_ids`` includes the stop token that ended it, ``text`` does not."""
+    """One generated sample of one row. ``token_ids`` includes the stop token that ended it, ``text`` does not.
+
+    Of a conversation ``text``, ``finish_reason`` and ``num_prompt_tokens`` are the last turn's; ``token_ids`` and
+    ``logprobs`` are those of all turns, one behind the other.
+    """
 
     row_id: str
     sample: int
@@ -160,6 +271,10 @@ class Completion:
     finish_reason: FinishReason
     num_prompt_tokens: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    #: In the job's order, where the row was a choice among texts; ``text`` is the likeliest then.
+    choices: tuple[ChoiceScore, ...] | None = None
+    #: One for each turn, where the row was a conversation.
+    answers: tuple[Answer, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,3 +302,7 @@ class UnitResult:
     #: Of the completion tokens, those that were in the unit's journal and did not have to be generated again.
     num_resumed_tokens: int = 0
     dead_letters_by_type: dict[str, int] = field(default_factory=dict)
+    #: Completions by what is amiss with them (``quality.QUALITY_KINDS``); kinds that do not occur are left out.
+    quality: dict[str, int] = field(default_factory=dict)
+    #: Sequences that were not generated, because an identical one was.
+    num_shared_sequences: int = 0

@@ -4,10 +4,13 @@ Every block refuses keys it does not know. Reading files, overrides and error lo
 ``job_file``; what makes two jobs the same job lives in ``fingerprint``.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from batchinfer.moments import parse_deadline
+from batchinfer.quality import QualityKind, Script
 from batchinfer.records import GENERATED_COLUMNS, SamplingParams
 
 #: What fsspec filesystems accept is theirs to define (credentials, endpoints, nested client arguments).
@@ -15,6 +18,7 @@ StorageOptions = dict[str, Any]
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 #: What a seed is hashed from and stored as.
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -24,6 +28,11 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
     {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "return_dict"}
     | {"return_tensors", "tokenize", "tokenizer_kwargs"}
 )
+
+#: Fields of ``sampling`` that an API request decides, by naming them or by leaving them at the API's default.
+OF_THE_REQUEST = frozenset({"temperature", "top_p", "n", "stop", "logprobs", "json_schema", "regex", "choices"})
+#: Where a prompt may come from; a job names one of them.
+PROMPT_SOURCES = ("text", "messages", "template", "token_ids", "turns", "request")
 
 
 class Block(BaseModel):
@@ -54,7 +63,8 @@ class InputSpec(Block):
 
     #: File, directory, glob, or a list of them, local or any fsspec URI.
     path: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
-    format: Literal["parquet"] = "parquet"
+    #: auto = by the files' names: .parquet, or .jsonl and .ndjson (also .gz, .zst); any other name is Parquet.
+    format: Literal["auto", "parquet", "jsonl"] = "auto"
     storage_options: StorageOptions = Field(default_factory=dict)
 
     @property
@@ -63,7 +73,7 @@ class InputSpec(Block):
 
 
 class PromptSpec(Block):
-    """How a row becomes token ids: exactly one of text, messages, template, token_ids."""
+    """How a row becomes token ids, from exactly one source (``PROMPT_SOURCES``)."""
 
     #: Column with a plain prompt (becomes one user message with ``chat: true``).
     text: str | None = None
@@ -73,9 +83,15 @@ class PromptSpec(Block):
     template: str | None = None
     #: Column with token ids; no tokenizer is used.
     token_ids: str | None = None
+    #: Column with a list of user turns: each is answered in order, with all before it in view.
+    turns: str | None = None
+    #: Column with an OpenAI request body as JSON text: prompt and sampling in one. Columns ``url`` and ``method``
+    #: beside it are obeyed. What a body leaves open (max_new_tokens, seed, ...) comes from ``sampling``.
+    request: str | None = None
     #: System message put first, unless the row's messages bring one.
     system: str | None = None
-    #: Apply the checkpoint's chat template; null = yes for messages and template, no for text.
+    #: Apply the checkpoint's chat template; null = yes for messages, template and request, no for text. With requests,
+    #: false = the model has none: /v1/completions alone is served.
     chat: bool | None = None
     #: Passed to the chat template, e.g. {enable_thinking: true}.
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -84,21 +100,29 @@ class PromptSpec(Block):
     control_tokens: Literal["escape", "allow", "reject"] | None = None
     #: Struct column whose fields override ``sampling`` for their row; null fields keep the job's value.
     sampling_column: str | None = None
+    #: Instead of such a column: Jinja over the row's columns that writes the same fields as a JSON object.
+    sampling_template: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "PromptSpec":
-        given = [name for name in ("text", "messages", "template", "token_ids") if getattr(self, name) is not None]
+        given = [name for name in PROMPT_SOURCES if getattr(self, name) is not None]
         if len(given) != 1:
             named = ", ".join(given) if given else "none"
-            raise ValueError(f"give exactly one of text, messages, template, token_ids (given: {named})")
+            raise ValueError(f"give exactly one of {', '.join(PROMPT_SOURCES)} (given: {named})")
         if self.messages is not None and self.chat is False:
             raise ValueError("messages need the chat template; use text or template with chat: false")
+        if self.turns is not None and self.chat is False:
+            raise ValueError("turns need the chat template, which tells them from the answers; leave out chat: false")
         if self.token_ids is not None and (self.chat or self.system is not None or self.control_tokens is not None):
             raise ValueError("token_ids are read as they are; chat, system and control_tokens do not apply")
         if self.system is not None and not self.applies_chat_template:
             raise ValueError("system needs the chat template; set chat: true")
         if self.chat_template_kwargs and not self.applies_chat_template:
             raise ValueError("chat_template_kwargs need the chat template; set chat: true")
+        if self.sampling_column is not None and self.sampling_template is not None:
+            raise ValueError("sampling_column and sampling_template both say how a row is sampled; give one of them")
+        if self.request is not None and (self.sampling_column is not None or self.sampling_template is not None):
+            raise ValueError("a request brings its own sampling; sampling_column and sampling_template do not apply")
         reserved = sorted(RESERVED_TEMPLATE_KWARGS & set(self.chat_template_kwargs))
         if reserved:
             raise ValueError(f"chat_template_kwargs {', '.join(reserved)} are set by the job itself; leave them out")
@@ -108,7 +132,7 @@ class PromptSpec(Block):
     def applies_chat_template(self) -> bool:
         if self.chat is not None:
             return self.chat
-        return self.messages is not None or self.template is not None
+        return any(source is not None for source in (self.messages, self.template, self.turns, self.request))
 
     @property
     def control_token_rule(self) -> Literal["escape", "allow", "reject"]:
@@ -117,6 +141,25 @@ class PromptSpec(Block):
             return self.control_tokens
         frames = self.applies_chat_template or self.template is not None
         return "escape" if frames else "allow"
+
+
+def canonical_schema(schema: dict[str, Any] | str) -> str:
+    """One JSON text for a schema however it was written. Members keep their order: completions have it too.
+
+    Raises ValueError for what is no JSON object.
+    """
+    try:
+        value = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(value, dict):
+            raise ValueError("json_schema: a schema is a JSON object, such as {type: object, properties: {...}}")
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"json_schema: not JSON: {error}") from None
+    except TypeError as error:
+        # YAML reads an unquoted 2024-01-01 as a date.
+        raise ValueError(f"json_schema: {error}; put quotes around it") from None
+    except RecursionError:
+        raise ValueError("json_schema: nested too deep") from None
 
 
 class SamplingSpec(Block):
@@ -144,6 +187,48 @@ class SamplingSpec(Block):
     ignore_eos: bool = False
     #: null = none, 0 = of the chosen tokens, k = the k best as well.
     logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+    #: Nothing is generated: each of these texts is scored as the prompt's continuation; the likeliest is the completion
+    #: and all scores are in the column ``choices``.
+    choices: list[NonEmpty] = Field(default_factory=list)
+    #: A JSON schema, as a block of keys or as JSON text: completions are JSON of it.
+    json_schema: dict[str, Any] | NonEmpty | None = None
+    #: A pattern (Rust's regex syntax, without look-around and back-references): completions match it as a whole.
+    regex: NonEmpty | None = None
+
+    @model_validator(mode="after")
+    def _grammar_decides_the_end(self) -> "SamplingSpec":
+        name = "json_schema" if self.json_schema is not None else "regex"
+        if self.json_schema is None and self.regex is None:
+            return self
+        if self.json_schema is not None and self.regex is not None:
+            raise ValueError("give json_schema or regex, not both")
+        if self.json_schema is not None:
+            canonical_schema(self.json_schema)
+        if self.choices:
+            raise ValueError(f"choices are scored as they are; leave out {name}")
+        against = {
+            "stop": bool(self.stop),
+            "min_new_tokens": self.min_new_tokens > 0,
+            "ignore_eos": self.ignore_eos,
+        }
+        found = [key for key, is_set in against.items() if is_set]
+        if found:
+            raise ValueError(f"with {name} the grammar says where a completion ends; leave out {', '.join(found)}")
+        return self
+
+    @model_validator(mode="after")
+    def _choices_stand_alone(self) -> "SamplingSpec":
+        if self.choices:
+            twice = sorted({choice for choice in self.choices if self.choices.count(choice) > 1})
+            if twice:
+                raise ValueError(f"choices {', '.join(map(repr, twice))} are there twice; give each once")
+            if self.n != 1:
+                raise ValueError(
+                    f"choices have one score each, however often they are asked for; leave out n: {self.n}"
+                )
+            if self.stop:
+                raise ValueError("choices are scored to their end; leave out stop")
+        return self
 
     @model_validator(mode="after")
     def _min_below_max(self) -> "SamplingSpec":
@@ -154,7 +239,15 @@ class SamplingSpec(Block):
     def params(self) -> SamplingParams:
         """The same values as the engine's plain dataclass."""
         values = self.model_dump()
-        return SamplingParams(**{**values, "stop": tuple(self.stop), "stop_token_ids": tuple(self.stop_token_ids)})
+        return SamplingParams(
+            **{
+                **values,
+                "stop": tuple(self.stop),
+                "stop_token_ids": tuple(self.stop_token_ids),
+                "choices": tuple(self.choices),
+                "json_schema": None if self.json_schema is None else canonical_schema(self.json_schema),
+            }
+        )
 
 
 class OutputSpec(Block):
@@ -243,6 +336,66 @@ class ExecutionSpec(Block):
     units_in_flight: Annotated[int, Field(ge=2)] = 2
     #: A lease without a heartbeat for this long may be taken over.
     lease_timeout_s: Annotated[float, Field(ge=2)] = 60.0
+    #: The run drains so that it is over by then: a moment with its zone, a time of day ("06:00") or a duration ("8h").
+    deadline: str | None = None
+    #: All runs of the output together hold GPUs no longer than this; a replica without a GPU counts as one with one.
+    max_gpu_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @field_validator("deadline")
+    @classmethod
+    def _deadline_can_be_read(cls, deadline: str | None) -> str | None:
+        if deadline is not None:
+            parse_deadline(deadline)
+        return deadline
+
+
+class QualitySpec(Block):
+    """What completions are watched for, and from which share on the run is stopped. Shares are of completions."""
+
+    #: Script, or list of scripts, that most letters of a completion should be of; null = any.
+    script: Script | Annotated[list[Script], Field(min_length=1)] | None = None
+    #: null = only counted. Empty: nothing but white space.
+    max_empty: Share | None = None
+    #: Ended by max_new_tokens or the model's length.
+    max_truncated: Share | None = None
+    #: Ends in a loop.
+    max_repeating: Share | None = None
+    #: Most of its letters are of other scripts than ``script``.
+    max_wrong_script: Share | None = None
+    #: Rows that must have been committed before a share means anything; later on the last ten times as many count.
+    min_rows: Positive = 100
+
+    @model_validator(mode="after")
+    def _script_is_given(self) -> "QualitySpec":
+        if self.max_wrong_script is not None and self.script is None:
+            raise ValueError("max_wrong_script needs to know which script is right; give script, for example hangul")
+        return self
+
+    @property
+    def scripts(self) -> tuple[Script, ...]:
+        if self.script is None:
+            return ()
+        return (self.script,) if isinstance(self.script, str) else tuple(self.script)
+
+    @property
+    def limits(self) -> dict[QualityKind, float]:
+        """The shares that stop a run, by what they are shares of."""
+        limits: dict[QualityKind, float | None] = {
+            "empty": self.max_empty,
+            "truncated": self.max_truncated,
+            "repeating": self.max_repeating,
+            "wrong_script": self.max_wrong_script,
+        }
+        return {kind: limit for kind, limit in limits.items() if limit is not None}
+
+
+class TelemetrySpec(Block):
+    """What a run tells of itself beside its output."""
+
+    #: Counters and gauges to Ray, whose agents export them for Prometheus.
+    metrics: bool = True
+    #: Spans by OpenTelemetry to where the OTEL_* variables say; needs the extra ``otel``.
+    traces: bool = False
 
 
 class JobSpec(Block):
@@ -257,3 +410,21 @@ class JobSpec(Block):
     engine: EngineSpec = Field(default_factory=EngineSpec)
     cluster: ClusterSpec = Field(default_factory=ClusterSpec)
     execution: ExecutionSpec = Field(default_factory=ExecutionSpec)
+    quality: QualitySpec = Field(default_factory=QualitySpec)
+    telemetry: TelemetrySpec = Field(default_factory=TelemetrySpec)
+
+    @model_validator(mode="after")
+    def _turns_are_answered(self) -> "JobSpec":
+        if self.prompt.turns is not None and self.sampling.choices:
+            raise ValueError("sampling.choices are scored for one prompt; with prompt.turns every turn is answered")
+        return self
+
+    @model_validator(mode="after")
+    def _requests_bring_their_sampling(self) -> "JobSpec":
+        named = sorted(OF_THE_REQUEST & self.sampling.model_fields_set)
+        if self.prompt.request is not None and named:
+            raise ValueError(
+                f"sampling {', '.join(named)}: with prompt.request each request says this itself, or means the API's "
+                "own default; leave it out"
+            )
+        return self

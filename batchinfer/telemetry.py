@@ -5,9 +5,12 @@ Standard library only; how they are drawn is in ``progress``.
 
 import io
 import logging
+import math
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 RATE_WINDOW_S = 30.0
 
@@ -68,6 +71,38 @@ class EngineUse:
     num_prefix_hits: int = 0
 
 
+ReplicaState = Literal["starting", "running", "draining", "dead"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLook:
+    """One replica as it was last heard of. Shares and rates are None before there is anything to take them from."""
+
+    replica_id: int
+    #: ``starting`` waits for its device or loads the model; ``dead`` ones are told of for a while.
+    state: ReplicaState
+    node: str = ""
+    device: str = ""
+    num_units: int = 0
+    prompt_tokens_per_s: float | None = None
+    completion_tokens_per_s: float | None = None
+    #: Sequences in its batch now / the most that fit.
+    batch_fill: float | None = None
+    kv_use: float | None = None
+    #: Of the last half minute.
+    idle_share: float | None = None
+    # Totals since its start.
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    num_preemptions: int = 0
+    idle_s: float = 0.0
+    num_storage_retries: int = 0
+    num_journal_flushes: int = 0
+    journal_s: float = 0.0
+    #: Why it died.
+    error: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class RunProgress:
     """One look at a run. Row and unit counts include what earlier runs committed; tokens are this run's."""
@@ -80,16 +115,33 @@ class RunProgress:
     num_units: int = 0
     num_units_committed: int = 0
     num_units_given_up: int = 0
+    #: Units that wait for a replica, and units that one holds.
+    num_units_pending: int = 0
+    num_units_in_flight: int = 0
     num_dead_letters: int = 0
+    #: Sequences of this run's commits that took the tokens of an identical one.
+    num_shared_sequences: int = 0
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     num_replicas_ready: int = 0
     num_replicas_starting: int = 0
     prompt_tokens_per_s: float = 0.0
     completion_tokens_per_s: float = 0.0
+    num_replicas_died: int = 0
     eta_s: float | None = None
+    #: Where the time left lies 19 times of 20; its end is infinite where even a standstill would be no surprise.
+    eta_range_s: tuple[float, float] | None = None
+    #: Of this run's commits.
     dead_letters_by_type: dict[str, int] = field(default_factory=dict)
+    #: Completions of this run's commits, and how many of them are amiss, by kind.
+    num_completions: int = 0
+    quality: dict[str, int] = field(default_factory=dict)
     engines: EngineUse = EngineUse()
+    replicas: tuple[ReplicaLook, ...] = ()
+    #: The last words of replicas that are gone since the look before, for whoever keeps count.
+    replicas_gone: tuple[ReplicaLook, ...] = ()
+    #: Seconds from lease to commit of each unit committed since the look before.
+    unit_seconds: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -128,16 +180,37 @@ def duration(seconds: float) -> str:
     return f"{days}d{hours:02d}h"
 
 
+def time_left(eta_s: float, range_s: tuple[float, float] | None) -> str:
+    """``12m00s (10m00s to 15m05s)``; the range only where it says something."""
+    if range_s is None:
+        return duration(eta_s)
+    low, high = duration(range_s[0]), duration(range_s[1]) if range_s[1] < math.inf else ""
+    if low == high:
+        return duration(eta_s)
+    return f"{duration(eta_s)} ({low} to {high})" if high else f"{duration(eta_s)} ({low} or more)"
+
+
 def progress_line(progress: RunProgress) -> str:
     """One plain line for logs and pipes."""
-    eta = f", ETA {duration(progress.eta_s)}" if progress.eta_s is not None else ""
+    eta = f", ETA {time_left(progress.eta_s, progress.eta_range_s)}" if progress.eta_s is not None else ""
     dead = f", {progress.num_dead_letters} dead letters" if progress.num_dead_letters else ""
+    shared = f", {progress.num_shared_sequences:,} shared" if progress.num_shared_sequences else ""
     starting = f" ({progress.num_replicas_starting} starting)" if progress.num_replicas_starting else ""
     return (
         f"{progress.num_rows_committed + progress.num_rows_finished:,} of {progress.num_rows:,} rows, "
         f"{progress.num_units_committed:,} of {progress.num_units:,} units committed, "
         f"{progress.prompt_tokens_per_s:,.0f} tok/s in, {progress.completion_tokens_per_s:,.0f} tok/s out, "
-        f"{progress.num_replicas_ready} replicas{starting}{engine_use(progress.engines)}{dead}{eta}"
+        f"{progress.num_replicas_ready} replicas{starting}{engine_use(progress.engines)}{shared}{dead}"
+        f"{amiss(progress.quality, progress.num_completions)}{eta}"
+    )
+
+
+def amiss(quality: Mapping[str, int], num_completions: int) -> str:
+    """``, 12% truncated, 1% repeating`` of the completions so far; empty where nothing is amiss."""
+    return "".join(
+        f", {number / num_completions:.1%} {kind.replace('_', ' ')}"
+        for kind, number in sorted(quality.items(), key=lambda it: (-it[1], it[0]))
+        if number and num_completions
     )
 
 

@@ -26,13 +26,22 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Neither models that tests put behind a URI nor the speeds of their runs belong in the user's cache.
+
+    Replicas and commands that tests start inherit it.
+    """
+    os.environ["BATCHINFER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
-def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def ray_session() -> Iterator[None]:
     """A Ray inside the test process, started once; runs in the same process use it and leave it alone."""
     import ray
 
-    # Replicas inherit it: models that tests put behind a URI must not end up in the user's cache.
-    os.environ.setdefault("BATCHINFER_CACHE", str(tmp_path_factory.mktemp("cache")))
+    # Metrics are exported once a second; ten seconds apart, a test would only wait.
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
     ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()

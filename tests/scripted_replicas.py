@@ -13,13 +13,16 @@ from batchinfer.cluster.lease_keeper import LeaseKeeper
 from batchinfer.cluster.messages import Assignment, Drained, ReplicaProgress, ReplicaSetup, ReplicaStarted
 from batchinfer.cluster.prepare import Preparation
 from batchinfer.cluster.replica_pool import Answer, UnitMethod
+from batchinfer.cluster.replica_spans import ReplicaSpans
 from batchinfer.cluster.result import JobResult
+from batchinfer.cluster.run_limits import RunLimits
 from batchinfer.cluster.run_loop import RunLoop
 from batchinfer.cluster.run_record import RunRecord
 from batchinfer.cluster.share import NodeSize
 from batchinfer.engine.engine import EngineStats
 from batchinfer.progress import SilentProgress
 from batchinfer.records import UnitResult
+from batchinfer.tracing import NoSpans, Spans
 
 #: (replica id, assignment or None) -> what the replica answers; None = it never does.
 Script = Callable[[int, Assignment | None], object]
@@ -92,6 +95,7 @@ def run_scripted(
     num_replicas: int = 1,
     stop: threading.Event | None = None,
     going: Callable[[], frozenset[str]] = frozenset,
+    spans: Spans = NoSpans(),  # noqa: B008 - has no state
 ) -> JobResult:
     """The loop over scripted replicas, one to a node; ``going`` are the nodes that were given notice."""
     monkeypatch.setattr(run_loop, "ReplicaPool", lambda: ScriptedPool(scripts))
@@ -104,5 +108,6 @@ def run_scripted(
         RunRecord(preparation, lease.run_id) as record,
         HeadWatch() as head,
     ):
-        loop = RunLoop(preparation, lease, record, head, SilentProgress(), interruption, None, 0.0)
+        limits, spans = RunLimits(preparation), ReplicaSpans(spans, None)
+        loop = RunLoop(preparation, lease, record, head, SilentProgress(), interruption, None, 0.0, limits, spans)
         return loop.to_the_end()

@@ -1,4 +1,4 @@
-"""``verify_deep``: every byte of every part and journal, and the input's footers, against the plan."""
+"""``verify_deep``: every byte of every part and journal, and the input, against the plan."""
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -25,15 +25,15 @@ def verify_deep(
 ) -> VerifyReport:
     """Audit an output by reading all of it: what :func:`verify` finds, and checksums, values and journals.
 
-    The input's footers are held against the plan where they can be reached; an input that has moved or changed is a
-    remark, since the output is what it is. Changes nothing; beside a live ``retry-failed`` it may find an errors part
-    that does not fit yet. Raises OutputError when there is no job at ``output_path`` or its description is damaged,
-    StorageUnavailable when the output's storage fails.
+    The input (footers of Parquet, all of JSON Lines) is held against the plan where it can be reached; one that has
+    moved or changed is a remark, since the output is what it is. Changes nothing; beside a live ``retry-failed`` it may
+    find an errors part that does not fit yet. Raises OutputError when there is no job at ``output_path`` or its
+    description is damaged, StorageUnavailable when the output's storage fails.
     """
     holdings = look_at(output_path, storage_options)
     audits = in_parallel(lambda it: _audit(holdings.job, it), holdings.committed, _AUDIT_THREADS)
     remarks = chain(
-        leftover_remarks(holdings), journal_remarks(holdings), input_remarks(holdings.plan, input_storage_options)
+        leftover_remarks(holdings), journal_remarks(holdings), input_remarks(holdings, input_storage_options)
     )
     return report_on(holdings, audits, remarks, _num_bytes(holdings))
 

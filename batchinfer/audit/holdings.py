@@ -8,6 +8,7 @@ from batchinfer.errors import OutputError, ShardCorrupt
 from batchinfer.records import Plan, WorkUnit
 from batchinfer.storage.filesystem import StorageOptions, locate
 from batchinfer.storage.footer import key_values, read_footer
+from batchinfer.storage.input_formats import ChosenFormat
 from batchinfer.storage.layout import COMPLETIONS, ERRORS, read_job, read_plan, unit_id_of
 from batchinfer.storage.location import Location
 
@@ -18,9 +19,12 @@ class AuditedJob:
 
     output: Location
     fingerprint: str
-    #: Samples each row must have, unless its own ``sampling_column`` says otherwise.
+    #: Samples each row must have, unless its own ``sampling_column`` or request says otherwise.
     n: int
     sampling_column: str | None
+    request_column: str | None = None
+    #: ``input.format`` of the run that began the output.
+    input_format: ChosenFormat = "parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,12 @@ def look_at(output_path: str, storage_options: StorageOptions | None) -> Holding
     if plan is None:
         raise OutputError(f"{output}: the job has no plan (no _job/plan.parquet); run the job again to write it")
     job = AuditedJob(
-        output, str(described.get("fingerprint")), int(described.get("n", 1)), described.get("sampling_column")
+        output,
+        str(described.get("fingerprint")),
+        int(described.get("n", 1)),
+        described.get("sampling_column"),
+        described.get("request_column"),
+        described.get("spec", {}).get("input", {}).get("format", "parquet"),
     )
     # Completions are listed first: while a run goes on, a committed unit's errors part is there before its commit.
     completions = _parts(output, COMPLETIONS)

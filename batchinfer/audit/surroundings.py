@@ -6,30 +6,33 @@ from concurrent.futures import ThreadPoolExecutor
 from batchinfer.audit.findings import Remark
 from batchinfer.audit.holdings import Holdings
 from batchinfer.errors import InputError, JobError, ShardCorrupt, StorageUnavailable
-from batchinfer.records import Plan, Shard, WorkUnit
+from batchinfer.records import Shard, WorkUnit
 from batchinfer.storage.failures import RetryPolicy
 from batchinfer.storage.filesystem import StorageOptions, locate
-from batchinfer.storage.footer import read_footer, shard_id
+from batchinfer.storage.footer import ShardDigest, read_footer, shard_id
+from batchinfer.storage.input_formats import ChosenFormat, format_of
 from batchinfer.storage.journal import journaled_units, read_journal
+from batchinfer.storage.jsonl_stream import FileBytes
 from batchinfer.storage.layout import JOB, JOURNAL, journal_directory, staging
+from batchinfer.storage.location import Location
 
 _FOOTER_THREADS = 16
 #: An input that does not answer is given up soon: the output is what is audited.
 _INPUT_POLICY = RetryPolicy(max_attempts=2, initial_s=0.2, max_s=1.0)
 
 
-def input_remarks(plan: Plan, storage_options: StorageOptions | None) -> Iterator[Remark]:
+def input_remarks(holdings: Holdings, storage_options: StorageOptions | None) -> Iterator[Remark]:
     """Shards of the plan whose file is not what was planned, or not within reach.
 
-    Row ids are made of the shard's path, size and footer, so an input that passes is the one the rows are of. Stops
-    at a storage that does not answer, and says so.
+    Row ids are made of the shard's path, size and footer, or its content where it is JSON Lines, so an input that
+    passes is the one the rows are of. Stops at a storage that does not answer, and says so.
     """
-    shards = plan.shards
+    shards, chosen = holdings.plan.shards, holdings.job.input_format
     with ThreadPoolExecutor(max_workers=_FOOTER_THREADS, thread_name_prefix="footer") as pool:
         for start in range(0, len(shards), 4 * _FOOTER_THREADS):
             chunk = shards[start : start + 4 * _FOOTER_THREADS]
             try:
-                found = list(pool.map(lambda shard: _input_remark(shard, storage_options), chunk))
+                found = list(pool.map(lambda shard: _input_remark(shard, chosen, storage_options), chunk))
             except StorageUnavailable as error:
                 detail = f"{error}; {len(shards) - start} shards were not held against the plan"
                 yield Remark("input_out_of_reach", chunk[0].path, detail)
@@ -37,10 +40,12 @@ def input_remarks(plan: Plan, storage_options: StorageOptions | None) -> Iterato
             yield from (remark for remark in found if remark is not None)
 
 
-def _input_remark(shard: Shard, storage_options: StorageOptions | None) -> Remark | None:
+def _input_remark(shard: Shard, chosen: ChosenFormat, storage_options: StorageOptions | None) -> Remark | None:
     try:
         location = locate(shard.uri, storage_options, blames=InputError, policy=_INPUT_POLICY)
         size_bytes = location.size_bytes()
+        if format_of(shard.path, chosen) == "jsonl":
+            return _lines_remark(shard, location, size_bytes)
         footer, metadata = read_footer(location, size_bytes)
     except JobError as error:
         return Remark("input_out_of_reach", shard.path, str(error))
@@ -54,6 +59,20 @@ def _input_remark(shard: Shard, storage_options: StorageOptions | None) -> Remar
         f"has {metadata.num_rows} rows in {size_bytes} bytes and was planned with {shard.num_rows} in "
         f"{shard.size_bytes}; the next run takes it as a new shard",
     )
+
+
+def _lines_remark(shard: Shard, location: Location, size_bytes: int) -> Remark | None:
+    """All of a JSON Lines shard is read where its size is right."""
+    if size_bytes == shard.size_bytes:
+        digest = ShardDigest(shard.path, size_bytes)
+        source = FileBytes(location, size_bytes, digest.update)
+        while source.read():
+            pass
+        if digest.shard_id == shard.shard_id:
+            return None
+    sizes = "" if size_bytes == shard.size_bytes else f" in {size_bytes} bytes, not {shard.size_bytes},"
+    detail = f"has{sizes} other lines than were planned; the next run takes it as a new shard"
+    return Remark("input_changed", shard.path, detail)
 
 
 def journal_remarks(holdings: Holdings) -> Iterator[Remark]:
@@ -75,7 +94,7 @@ def journal_remarks(holdings: Holdings) -> Iterator[Remark]:
                 detail = f"{journal.num_damaged} of {journal.num_segments} segments: torn, changed or of another job"
                 yield Remark("damaged_segment", where, f"{detail}; what only they held is generated again")
             own = set(_row_ids(planned[unit_id]))
-            foreign = sorted({row_id for row_id, _ in journal.sequences} - own)
+            foreign = sorted({row_id for row_id, *_ in journal.sequences} - own)
             if foreign:
                 yield Remark("damaged_segment", where, f"tells of {len(foreign)} rows of other units, as {foreign[0]}")
 

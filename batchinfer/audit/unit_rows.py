@@ -189,7 +189,7 @@ def _check_samples(
     first_of_row = np.cumsum(num_samples) - num_samples
     out_of_order = samples != np.arange(len(rows)) - first_of_row[rows]
     wrong = np.bincount(rows[out_of_order], minlength=unit.num_rows) > 0
-    if job.sampling_column is None:
+    if job.sampling_column is None and job.request_column is None:
         wrong |= (num_samples > 0) & (num_samples != job.n)
     findings += findings_of_rows("wrong_samples", name, unit, wrong)
     return num_samples

@@ -7,7 +7,7 @@ Nothing heavy is imported until a command needs it.
 import click
 
 from batchinfer import __version__
-from batchinfer.cli import jobs, outputs
+from batchinfer.cli import completion, jobs, outputs, submission
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,5 +29,7 @@ for command in (
     outputs.show,
     outputs.report,
     outputs.export,
+    completion.completion,
+    submission.submit,
 ):
     main.add_command(command)

@@ -51,8 +51,8 @@ def run(
     \b
     batchinfer run jobs/exaone3-chat.yaml --set input.path=prompts/ --set output.path=answers/
 
-    Exits with 0 when every row is committed, 1 when dead letters remain, 2 when the job itself is wrong, and 3
-    when it was interrupted: run the same command again.
+    Exits with 0 when every row is committed, 1 when dead letters remain, 2 when the job itself is wrong or its
+    completions pass a quality limit, and 3 when it was interrupted or its deadline came: run the same command again.
     """
     spec = load_with(job, overrides)
     faults: FaultPlan | None = None
@@ -119,17 +119,57 @@ def retry_failed(
 @click.command()
 @JOB
 @SET
+@click.option(
+    "--sample",
+    "num_rows",
+    type=click.IntRange(min=0),
+    default=2048,
+    show_default=True,
+    help="Rows to tokenise, spread over the input; 0 = none.",
+)
+@click.option("--full", is_flag=True, help="Tokenise every row that is left; duplicates are counted, not sampled.")
+@click.option("--probe", is_flag=True, help="Load the model here and measure its speed on some of the rows.")
+@click.option(
+    "--device-memory-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Whether the model fits a GPU of this size, in place of this machine's.",
+)
+@click.option(
+    "--price-per-gpu-hour", type=click.FloatRange(min=0), help="What a replica's device costs an hour, in any currency."
+)
 @JSON
 @ending_with_exit_codes
-def plan(job: Path, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Show what `run` would do with JOB: shards, units, what is committed. Reads footers only, writes nothing."""
+def plan(
+    job: Path,
+    overrides: tuple[str, ...],
+    num_rows: int,
+    full: bool,
+    probe: bool,
+    device_memory_gib: float | None,
+    price_per_gpu_hour: float | None,
+    as_json: bool,
+) -> int:
+    """Show what `run` would do with JOB, and what it would take: prompts, memory, time. Writes nothing to the output.
+
+    \b
+    batchinfer plan job.yaml --full
+    batchinfer plan job.yaml --probe --price-per-gpu-hour 2.5
+    """
     spec = load_with(job, overrides)
+    from batchinfer.cli.plan_text import print_estimate, print_found, survey_progress
     from batchinfer.cli_text import plan_json, print_plan
     from batchinfer.cluster.prepare import prepare
+    from batchinfer.survey.plan_survey import SurveyOptions, survey_plan
 
     preparation = prepare(spec)
+    wanted = SurveyOptions(None if full else num_rows, probe, device_memory_gib, price_per_gpu_hour)
     if as_json:
-        click.echo(json.dumps(plan_json(preparation)))
-    else:
-        print_plan(preparation)
+        with survey_progress() as on_progress:
+            survey = survey_plan(preparation, wanted, on_progress)
+        click.echo(json.dumps({**plan_json(preparation), **survey.as_json()}))
+        return 0
+    print_plan(preparation)
+    with survey_progress() as on_progress:
+        survey = survey_plan(preparation, wanted, on_progress, print_found)
+    print_estimate(survey, spec.execution)
     return 0

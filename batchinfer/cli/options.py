@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batchinfer.cli.completion import complete_key
 from batchinfer.errors import SpecError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ SET = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
+    shell_complete=complete_key,
     help="Override a key of the job file, e.g. --set sampling.temperature=0.7. May be repeated.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")

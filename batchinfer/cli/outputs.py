@@ -120,8 +120,24 @@ def report(
 @click.command()
 @OUTPUT
 @click.argument("target")
-@click.option("--format", "format_", type=click.Choice(["parquet", "jsonl"]), default="parquet", show_default=True)
-@click.option("--ordered", is_flag=True, help="Rows in the input's order; else part by part.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(
+        ["parquet", "jsonl", "openai-batch", "mt-bench", "logickor", "arena-hard", "wildbench", "alpaca-eval"]
+    ),
+    default="parquet",
+    show_default=True,
+    help="openai-batch: output.jsonl and errors.jsonl. From mt-bench on: what that benchmark's judge reads.",
+)
+@click.option("--ordered", is_flag=True, help="Rows in the input's order; else part by part. Others always are.")
+@click.option("--overwrite", is_flag=True, help="Replace the files of an earlier export in TARGET.")
+@click.option("--generator", metavar="NAME", help="Who answered, for a judge. Default: the model's name.")
+@click.option(
+    "--tokenizer",
+    metavar="DIRECTORY",
+    help="openai-batch with log-probabilities: where tokenizer.json is. Default: the job's model.",
+)
 @STORAGE_OPTIONS
 @click.option(
     "--target-storage-options",
@@ -136,13 +152,22 @@ def export(
     target: str,
     format_: str,
     ordered: bool,
+    overwrite: bool,
+    generator: str | None,
+    tokenizer: str | None,
     storage_options: str,
     target_storage_options: str,
     as_json: bool,
 ) -> int:
-    """Copy OUTPUT's completions to numbered files in the directory TARGET.
+    """Copy OUTPUT's completions into the directory TARGET, in a form that others read.
 
-    Exits with 0 when every row is there, 1 when dead letters are missing, 3 when units are not committed yet.
+    While it is under way, or if it dies, TARGET holds a file named _incomplete; the same command begins anew. Exits
+    with 0 when every row is there, 1 when dead letters are missing, 3 when units are not committed yet.
+
+    \b
+    batchinfer export answers/ copy/ --format jsonl --ordered
+    batchinfer export answers/ results/ --format openai-batch
+    batchinfer export answers/ model_answer/ --format mt-bench --generator my-model
     """
     from batchinfer.export import Format
     from batchinfer.export import export as export_output
@@ -152,6 +177,9 @@ def export(
         target,
         cast("Format", format_),
         ordered=ordered,
+        overwrite=overwrite,
+        generator=generator,
+        tokenizer=tokenizer,
         storage_options=storage_options_of(storage_options),
         target_options=storage_options_of(target_storage_options),
     )

@@ -14,13 +14,17 @@ from batchinfer.cluster.errors_repair import mend_errors_parts
 from batchinfer.cluster.head_watch import HeadWatch
 from batchinfer.cluster.interruption import Interruption
 from batchinfer.cluster.lease_keeper import LeaseKeeper
+from batchinfer.cluster.metrics_export import exported
 from batchinfer.cluster.prepare import Preparation, compare_with_output, prepare
 from batchinfer.cluster.ray_cluster import connected, head_address
+from batchinfer.cluster.replica_spans import traced
 from batchinfer.cluster.result import JobResult, job_result
+from batchinfer.cluster.run_limits import RunLimits
 from batchinfer.cluster.run_loop import RunLoop
 from batchinfer.cluster.run_record import RunRecord
-from batchinfer.progress import ProgressView, SilentProgress
+from batchinfer.progress import ProgressView, SeveralViews, SilentProgress
 from batchinfer.spec import JobSpec
+from batchinfer.speeds import remember_speed, speeds_file
 from batchinfer.storage.failures import RetryPolicy
 from batchinfer.storage.faults import FaultPlan
 from batchinfer.storage.lease import acquire, take_over
@@ -53,6 +57,8 @@ def run(
 
     Raises:
         JobError: the job is wrong; nothing was written.
+        PoorQuality: the completions pass a limit of ``spec.quality``; what was committed and journaled stays.
+        AllowanceSpent: ``execution.deadline`` or ``max_gpu_hours`` is used up; what was committed and journaled stays.
         LeaseHeld: another run holds the output.
         RunInterrupted: stopped, or cluster or storage were lost; run again to continue.
     """
@@ -79,6 +85,8 @@ def drive(
         policy = RetryPolicy(faults=chaos.of("driver", lambda: 0) if chaos is not None else None)
         with interruption.breaking_off():
             preparation = work.prepare(policy)
+            limits = RunLimits(preparation)
+            limits.check()
         if preparation.is_settled:
             return job_result(preparation, preparation.tally(), elapsed_s=time.monotonic() - started_s)
         spec = preparation.spec
@@ -90,6 +98,7 @@ def drive(
             preparation = work.look_again(preparation)
         mend_errors_parts(preparation)
         record = stack.enter_context(RunRecord(preparation, lease.run_id))
+        replica_spans = stack.enter_context(traced(preparation, lease.run_id))
         # Outside the connection: leaving a cluster without its head is a call that hangs, too.
         head = stack.enter_context(HeadWatch())
         if preparation.pending:
@@ -97,5 +106,11 @@ def drive(
                 stack.enter_context(connected(spec.cluster))
             if (address := head_address()) is not None:
                 head.watch(address)
-        loop = RunLoop(preparation, lease, record, head, shown, interruption, chaos, started_s)
-        return loop.to_the_end()
+            if spec.telemetry.metrics:
+                shown = SeveralViews(shown, exported(preparation, lease.run_id))
+        loop = RunLoop(preparation, lease, record, head, shown, interruption, chaos, started_s, limits, replica_spans)
+        result = loop.to_the_end()
+        # A run that breaks itself, or tries what others have left, tells nothing of the next one.
+        if chaos is None and preparation.retry is None and (speed := record.speed()) is not None:
+            remember_speed(speed, speeds_file())
+        return result

@@ -38,14 +38,20 @@ def load_engine(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer |
         device=device,
         max_model_len=spec.model.max_model_len,
         decode=detokenizer.decode if detokenizer is not None else None,
+        tokenizer_json=detokenizer.to_json if detokenizer is not None and detokenizer.has_json else None,
         max_batch_rows=spec.engine.max_batch_rows,
         max_batch_tokens=spec.engine.max_batch_tokens,
     )
 
 
+def fake_vocabulary(detokenizer: Detokenizer | None) -> tuple[int, int]:
+    """(number of token ids, ids below which special tokens lie) of the fake engine."""
+    return detokenizer.plain_ids() if detokenizer is not None else (_FAKE_VOCAB_SIZE, 0)
+
+
 def _load_fake(setup: ReplicaSetup, directory: Path, detokenizer: Detokenizer | None) -> LoadedEngine:
     fake = setup.spec.engine.fake
-    vocab_size, num_reserved = detokenizer.plain_ids() if detokenizer is not None else (_FAKE_VOCAB_SIZE, 0)
+    vocab_size, num_reserved = fake_vocabulary(detokenizer)
     behaviour = FakeBehaviour(
         tokens_per_s=fake.tokens_per_s,
         start_s=fake.start_s,

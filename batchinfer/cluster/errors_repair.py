@@ -13,7 +13,7 @@ from batchinfer.cluster.prepare import Preparation
 from batchinfer.errors import InputError, OutputError, StorageUnavailable
 from batchinfer.records import Shard, WorkUnit
 from batchinfer.storage.filesystem import locate
-from batchinfer.storage.reader import ParquetReader
+from batchinfer.storage.shard_reader import ShardReader
 from batchinfer.storage.writer import PartFormat, fit_errors_to_commit
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def mend_errors_parts(preparation: Preparation) -> None:
     )
     shards = {shard.shard_id: shard for shard in preparation.plan.shards}
     find = partial(locate, storage_options=spec.input.storage_options, blames=InputError)
-    reader = ParquetReader(find, facts.schema)
+    reader = ShardReader(find, facts.schema)
     try:
         for unit in preparation.unfit_errors:
             rows = _rows(reader, shards.get(unit.shard_id), unit, facts.schema)
@@ -55,7 +55,7 @@ def mend_errors_parts(preparation: Preparation) -> None:
         reader.close()
 
 
-def _rows(reader: ParquetReader, shard: Shard | None, unit: WorkUnit, schema: pa.Schema) -> pa.Table:
+def _rows(reader: ShardReader, shard: Shard | None, unit: WorkUnit, schema: pa.Schema) -> pa.Table:
     """The unit's input rows; none when their shard is gone or out of reach."""
     if shard is not None:
         try:

@@ -6,6 +6,7 @@ anything but its insurance; it is logged, and the next flush writes what this on
 
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ from batchinfer.engine.engine import Generation, Partial, Sequence
 from batchinfer.errors import BatchinferError
 from batchinfer.storage.journal import JournaledSequence, JournalWriter, SequenceId, read_journal, remove_journal
 from batchinfer.storage.location import Location
+from batchinfer.storage.segment import checksum, tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,9 @@ class UnitJournal:
         if not self._known:
             return ended, list(sequences)
         for sequence in sequences:
-            known = self._known.get(sequence.sequence_id)
-            if known is None:
+            known = self._known.get((*sequence.sequence_id, sequence.turn))
+            # A turn generated behind other answers, which this row's turns before have not come to, is no part of it.
+            if known is None or known.prompt_checksum != _prompt_checksum(sequence):
                 left.append(sequence)
             elif known.has_ended:
                 ended.append(_generation(sequence, known))
@@ -132,6 +135,9 @@ class JournalKeeper:
         self._writers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="journal")
         #: Flushes asked for and not begun: one per unit is enough, it takes all news there is.
         self._waiting: set[UnitJournal] = set()
+        #: What the threads' flushes came to, for metrics.
+        self.num_flushes = 0
+        self.flush_s = 0.0
 
     def open(self, assignment: Assignment) -> UnitJournal:
         """Read what the unit's former holders left: one listing, and the segments if there are any.
@@ -154,7 +160,11 @@ class JournalKeeper:
     def _flush(self, journal: UnitJournal) -> None:
         with self._lock:
             self._waiting.discard(journal)
+        began_s = time.monotonic()
         journal.save()
+        with self._lock:
+            self.num_flushes += 1
+            self.flush_s += time.monotonic() - began_s
 
 
 def _generation(sequence: Sequence, known: JournaledSequence) -> Generation:
@@ -170,14 +180,27 @@ def _generation(sequence: Sequence, known: JournaledSequence) -> Generation:
 
 
 def _ended_sequence(generation: Generation) -> JournaledSequence:
-    row_id, sample = generation.sequence.sequence_id
+    journaled = _journaled(generation.sequence)
     if generation.error is not None:
-        return JournaledSequence(row_id, sample, error=generation.error)
-    return JournaledSequence(
-        row_id, sample, tuple(generation.token_ids), generation.logprobs or (), generation.finish_reason
+        return replace(journaled, error=generation.error)
+    return replace(
+        journaled,
+        token_ids=tuple(generation.token_ids),
+        logprobs=generation.logprobs or (),
+        finish_reason=generation.finish_reason,
     )
 
 
 def _partial_sequence(partial: Partial) -> JournaledSequence:
-    row_id, sample = partial.sequence.sequence_id
-    return JournaledSequence(row_id, sample, partial.token_ids, partial.logprobs)
+    return replace(_journaled(partial.sequence), token_ids=partial.token_ids, logprobs=partial.logprobs)
+
+
+def _journaled(sequence: Sequence) -> JournaledSequence:
+    """The sequence without any token."""
+    row_id, sample = sequence.sequence_id
+    return JournaledSequence(row_id, sample, turn=sequence.turn, prompt_checksum=_prompt_checksum(sequence))
+
+
+def _prompt_checksum(sequence: Sequence) -> int:
+    """Of the first turn it is 0: what its prompt is made of, the row and the job, is the same for all holders."""
+    return checksum(tokens_of(sequence.prompt.token_ids)) if sequence.turn else 0

@@ -9,6 +9,7 @@ from batchinfer.engine.engine import EngineStats
 from batchinfer.records import Shard, WorkUnit
 from batchinfer.spec import JobSpec
 from batchinfer.storage.faults import FaultPlan
+from batchinfer.tracing import TraceSetup
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class ReplicaSetup:
     chaos: FaultPlan | None = None
     #: None = units are generated whole and committed.
     retry: RetryScope | None = None
+    #: None = nothing is traced.
+    tracing: TraceSetup | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,8 @@ class ReplicaStarted:
     start_s: float
     #: Ray's id of the machine, by which its going is announced.
     node_id: str = ""
+    #: What the device is called, for comparing speeds; ``device`` says only of which kind it is.
+    device_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,10 @@ class ReplicaProgress:
     num_signs_of_life: int = 0
     #: How long the engine's thread had nothing to do, and with it the device.
     idle_s: float = 0.0
+    #: Storage calls that were tried again, and the journals' flushes with the seconds they took.
+    num_storage_retries: int = 0
+    num_journal_flushes: int = 0
+    journal_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

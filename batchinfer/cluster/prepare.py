@@ -10,16 +10,33 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batchinfer import grammar_rules
 from batchinfer.cluster.messages import RetryScope
+from batchinfer.cluster.part_types import refuse_other_types
 from batchinfer.cluster.tally import Tally
-from batchinfer.errors import FingerprintMismatch, ModelError
+from batchinfer.errors import FingerprintMismatch, ModelError, SpecError
 from batchinfer.fingerprint import Fingerprint, diff, fingerprint
 from batchinfer.models.files import check_config_files, has_chat_template, max_model_len, read_config
 from batchinfer.models.identity import tokenizer_identity
 from batchinfer.models.locate import Preflight, locate_model, preflight
-from batchinfer.planner import InputPlan, check_output_apart, columns_to_read, merge_plans, plan_input
-from batchinfer.prompts.columns import NO_CHAT_TEMPLATE, check_schema, required_columns
-from batchinfer.records import Plan, WorkUnit
+from batchinfer.planner import (
+    InputPlan,
+    check_output_apart,
+    columns_to_read,
+    merge_plans,
+    plan_input,
+    refuse_mixed_columns,
+)
+from batchinfer.prompts.columns import (
+    NO_CHAT_TEMPLATE,
+    check_schema,
+    columns_to_deliver,
+    expected_types,
+    json_text_columns,
+    required_columns,
+    scores_choices,
+)
+from batchinfer.records import ANSWERS, CHOICES, Plan, WorkUnit
 from batchinfer.spec import JobSpec
 from batchinfer.storage.dead_letters import look_at_dead_letters
 from batchinfer.storage.failures import RetryPolicy
@@ -108,7 +125,7 @@ class Preparation:
             num_rows_before=self.num_rows_committed,
             num_units_before=self.num_units_committed,
             num_dead_letters_before=self.num_dead_letters,
-            samples_per_row=self.spec.sampling.n,
+            samples_per_row=len(self.spec.sampling.choices) or self.spec.sampling.n,
         )
 
 
@@ -129,13 +146,17 @@ def prepare(spec: JobSpec, policy: RetryPolicy | None = None) -> Preparation:
 
 def look_at_job(spec: JobSpec, policy: RetryPolicy | None = None) -> JobFacts:
     """Model and input of a job; reads the model's small files and the shards' footers."""
+    _check_grammar(spec)
     model = _look_at_model(spec, policy)
     if spec.prompt.applies_chat_template and not has_chat_template(model.directory):
         raise ModelError(f"{model.directory}: {NO_CHAT_TEMPLATE}")
-    found = plan_input(spec.input.paths, spec.input.storage_options, spec.execution.rows_per_unit, policy)
+    found = _look_at_input(spec, policy)
     for each in found.schemas:
         check_schema(spec.prompt, spec.sampling, each.schema, f"shard {each.example.path}")
-    schema, output_columns = columns_to_read(found.schemas, required_columns(spec.prompt), spec.output.columns)
+    has_choices = any(scores_choices(spec.prompt, spec.sampling, each.schema) for each in found.schemas)
+    needed = columns_to_deliver(spec.prompt, (each.schema for each in found.schemas))
+    added = [name for name, adds in ((CHOICES, has_choices), (ANSWERS, spec.prompt.turns is not None)) if adds]
+    schema, output_columns = columns_to_read(found.schemas, needed, spec.output.columns, added)
     return JobFacts(
         spec=spec,
         model=model,
@@ -145,6 +166,20 @@ def look_at_job(spec: JobSpec, policy: RetryPolicy | None = None) -> JobFacts:
         schema=schema,
         output_columns=output_columns,
     )
+
+
+def _look_at_input(spec: JobSpec, policy: RetryPolicy | None) -> InputPlan:
+    found = plan_input(
+        spec.input.paths,
+        spec.input.storage_options,
+        spec.execution.rows_per_unit,
+        policy,
+        spec.input.format,
+        json_text_columns(spec.prompt),
+        expected_types(spec.prompt),
+    )
+    refuse_mixed_columns(found.schemas, required_columns(spec.prompt))
+    return found
 
 
 def compare_with_output(facts: JobFacts, output: Location) -> Preparation:
@@ -165,6 +200,10 @@ def compare_with_output(facts: JobFacts, output: Location) -> Preparation:
     pending: list[WorkUnit] = []
     for unit in merged.plan.units:
         (done if unit.unit_id in committed else pending).append(unit)
+    is_jsonl = any(shard.lines is not None for shard in merged.plan.shards)
+    if is_jsonl and pending and staying:
+        written, columns = min(staying), [facts.schema.field(name) for name in facts.output_columns]
+        refuse_other_types(output, written, committed[written], pa.schema(columns))
     return Preparation(
         facts=facts,
         output=output,
@@ -181,6 +220,13 @@ def compare_with_output(facts: JobFacts, output: Location) -> Preparation:
         ),
         has_leftovers=job is not None and not pending and has_leftovers(output),
     )
+
+
+def _check_grammar(spec: JobSpec) -> None:
+    check = grammar_rules.problem if spec.engine.kind != "fake" else grammar_rules.refuse
+    problem = check(spec.sampling.params())
+    if problem:
+        raise SpecError(f"sampling.{problem}")
 
 
 def _look_at_model(spec: JobSpec, policy: RetryPolicy | None) -> Preflight:

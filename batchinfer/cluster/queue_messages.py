@@ -202,3 +202,27 @@ class Finish:
 
 
 Command = StartReplica | StopReplica | DrainReplica | Assign | Probe | Finish
+
+
+# What can be seen of the queue --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A replica that was started and is not gone, and how many units it holds."""
+
+    replica_id: ReplicaId
+    state: Literal["starting", "ready", "draining"]
+    num_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLook:
+    """The queue at one moment."""
+
+    num_units_pending: int = 0
+    num_units_leased: int = 0
+    num_units_given_up: int = 0
+    num_ready: int = 0
+    num_starting: int = 0
+    replicas: tuple[Standing, ...] = ()

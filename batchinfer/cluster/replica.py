@@ -17,6 +17,7 @@ from typing import TypeVar, cast
 import ray
 from ray.actor import ActorHandle
 
+from batchinfer import grammar_rules
 from batchinfer.cluster.engine_loading import load_engine
 from batchinfer.cluster.engine_loop import EngineClosed, EngineFailed, EngineLoop
 from batchinfer.cluster.journal_keeper import JournalKeeper
@@ -30,18 +31,24 @@ from batchinfer.cluster.messages import (
     ReplicaStarted,
 )
 from batchinfer.cluster.retry_unit import UnitRetry
-from batchinfer.cluster.unit_pipeline import Texts, UnitPipeline
+from batchinfer.cluster.texts import Texts
+from batchinfer.cluster.unit_pipeline import UnitPipeline
+from batchinfer.cluster.unit_spans import NO_UNIT_SPANS, UnitSpans
 from batchinfer.detokenise import Detokenizer
+from batchinfer.devices import processor_name
 from batchinfer.errors import BatchinferError, InputError, JobError
 from batchinfer.models.files import has_tokenizer
 from batchinfer.models.locate import locate_model
 from batchinfer.models.tokenizer import load_tokenizer
+from batchinfer.prompts.columns import scores_choices
 from batchinfer.prompts.renderer import PromptRenderer
+from batchinfer.quality import CompletionJudge
 from batchinfer.records import UnitResult
 from batchinfer.storage.failures import RetryPolicy
 from batchinfer.storage.filesystem import StorageOptions, download_tree, locate
-from batchinfer.storage.reader import ParquetReader
+from batchinfer.storage.shard_reader import ShardReader
 from batchinfer.storage.writer import PartFormat
+from batchinfer.tracing import NoSpans, Spans, open_spans
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +69,7 @@ class _Parts:
     pipeline: UnitPipeline
     #: Who carries units: the pipeline itself, or in a retry what stands in for it.
     units: UnitPipeline | UnitRetry
+    journals: JournalKeeper
 
 
 class Replica:
@@ -70,6 +78,7 @@ class Replica:
     def __init__(self, setup: ReplicaSetup) -> None:
         self._setup = setup
         self._parts: _Parts | None = None
+        self._unit_spans = NO_UNIT_SPANS
         faults = setup.chaos.of(setup.role, self._num_tokens_generated) if setup.chaos is not None else None
         self._policy = RetryPolicy(faults=faults)
 
@@ -77,7 +86,11 @@ class Replica:
         """Load tokenizer, model and engine; seconds to minutes."""
         started_s = time.monotonic()
         try:
-            self._parts, started = _start(self._setup, self._policy, started_s)
+            spans, parent = _spans(self._setup)
+            self._unit_spans = UnitSpans(spans, parent)
+            with spans.begin("start", parent):
+                self._parts, started = _start(self._setup, self._policy, self._unit_spans, started_s)
+            spans.flush()
         except JobError as error:
             return Failure("job", type(error).__name__, str(error))
         except Exception as error:
@@ -109,15 +122,21 @@ class Replica:
         # A unit in hand tells of it itself, once its journal is written: this answer is the end of the process.
         if failure is not None and not pipeline.num_in_hand:
             return Failure("replica", type(failure).__name__, str(failure))
-        stats = engine_loop.stats()
+        stats, journals = engine_loop.stats(), self._parts.journals
         return ReplicaProgress(
-            stats, num_signs_of_life=stats.num_steps + pipeline.num_stages_done, idle_s=engine_loop.idle_s
+            stats,
+            num_signs_of_life=stats.num_steps + pipeline.num_stages_done,
+            idle_s=engine_loop.idle_s,
+            num_storage_retries=self._policy.retries.number,
+            num_journal_flushes=journals.num_flushes,
+            journal_s=journals.flush_s,
         )
 
     def _carry(self, assignment: Assignment, carry: Callable[[UnitPipeline | UnitRetry], Result]) -> Result | Failure:
         assert self._parts is not None
         try:
-            return carry(self._parts.units)
+            with self._unit_spans.unit(assignment):
+                return carry(self._parts.units)
         except EngineClosed as error:
             return Failure("drained", type(error).__name__, str(error))
         except EngineFailed as error:
@@ -162,7 +181,17 @@ def start_actor(setup: ReplicaSetup, name: str) -> "ActorHandle[Replica]":
     return cast("ActorHandle[Replica]", actor.remote(setup))
 
 
-def _start(setup: ReplicaSetup, policy: RetryPolicy, started_s: float) -> tuple[_Parts, ReplicaStarted]:
+def _spans(setup: ReplicaSetup) -> tuple[Spans, str | None]:
+    """Where this replica's spans go, and the span that they are children of."""
+    if (tracing := setup.tracing) is None:
+        return NoSpans(), None
+    tracing.apply_environment()
+    return open_spans(traces=True, run_id=setup.run_id, role=setup.role), tracing.parent
+
+
+def _start(
+    setup: ReplicaSetup, policy: RetryPolicy, spans: UnitSpans, started_s: float
+) -> tuple[_Parts, ReplicaStarted]:
     spec = setup.spec
     fetch = partial(_fetch_model, storage_options=spec.model.storage_options, policy=policy)
     directory = locate_model(spec.model.path, setup.model_revision, fetch=fetch)
@@ -172,7 +201,12 @@ def _start(setup: ReplicaSetup, policy: RetryPolicy, started_s: float) -> tuple[
     detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
     engine = load_engine(setup, directory, detokenizer)
     renderer = PromptRenderer(
-        spec.prompt, spec.sampling, tokenizer, max_model_len=engine.max_model_len, vocab_size=engine.vocab_size
+        spec.prompt,
+        spec.sampling,
+        tokenizer,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        check_grammar=engine.grammars.problem if engine.grammars is not None else grammar_rules.refuse,
     )
     retry = setup.retry
     part = PartFormat(
@@ -181,12 +215,17 @@ def _start(setup: ReplicaSetup, policy: RetryPolicy, started_s: float) -> tuple[
         columns=setup.output_columns,
         n=spec.sampling.n,
         token_ids=spec.output.token_ids,
-        logprobs=spec.sampling.logprobs is not None,
+        # A request may ask for them; whether one will, its body says.
+        logprobs=spec.sampling.logprobs is not None or spec.prompt.request is not None,
+        choices=scores_choices(spec.prompt, spec.sampling, setup.schema),
+        answers=spec.prompt.turns is not None,
         compression=spec.output.compression,
     )
     output = locate(spec.output.path, spec.output.storage_options, policy=policy)
+    journal_fingerprint = setup.fingerprint if retry is None else retry.journal_fingerprint
+    journals = JournalKeeper(output, journal_fingerprint, setup.run_id)
     pipeline = UnitPipeline(
-        reader=ParquetReader(
+        reader=ShardReader(
             partial(locate, storage_options=spec.input.storage_options, blames=InputError, policy=policy), setup.schema
         ),
         renderer=renderer,
@@ -194,7 +233,9 @@ def _start(setup: ReplicaSetup, policy: RetryPolicy, started_s: float) -> tuple[
         texts=Texts(detokenizer, frozenset(engine.eos_token_ids)),
         output=output,
         part=part,
-        journals=JournalKeeper(output, setup.fingerprint if retry is None else retry.journal_fingerprint, setup.run_id),
+        journals=journals,
+        judge=CompletionJudge(spec.quality.scripts, has_text=tokenizer is not None),
+        spans=spans,
     )
     started = ReplicaStarted(
         capacity=engine.engine.capacity,
@@ -203,9 +244,19 @@ def _start(setup: ReplicaSetup, policy: RetryPolicy, started_s: float) -> tuple[
         node=socket.gethostname(),
         node_id=ray.get_runtime_context().get_node_id(),
         start_s=time.monotonic() - started_s,
+        device_name=_device_name(engine.device),
     )
     units = pipeline if retry is None else UnitRetry(pipeline, output, part, retry)
-    return _Parts(engine_loop, pipeline, units), started
+    return _Parts(engine_loop, pipeline, units, journals), started
+
+
+def _device_name(device: str) -> str:
+    """As ``nvidia-smi`` or the system calls it; empty for the fake engine, which has none."""
+    if device == "cuda":
+        import torch
+
+        return str(torch.cuda.get_device_name())
+    return processor_name() if device == "cpu" else ""
 
 
 def _fetch_model(uri: str, target: Path, storage_options: StorageOptions, policy: RetryPolicy) -> None:

@@ -43,8 +43,12 @@ class JobResult:
     num_replicas_died: int = 0
     #: Of the completion tokens, those that were found in journals.
     num_resumed_tokens: int = 0
+    #: Sequences that got the completion of an identical one instead of being generated.
+    num_shared_sequences: int = 0
     #: Of this run's commits.
     dead_letters_by_type: dict[str, int] = field(default_factory=dict)
+    #: This run's completions by what is amiss with them (empty, truncated, repeating, wrong_script).
+    quality: dict[str, int] = field(default_factory=dict)
     given_up: tuple[GivenUpUnit, ...] = ()
     #: Input files whose rows cannot even be counted.
     unreadable_shards: tuple[str, ...] = ()
@@ -95,7 +99,9 @@ def job_result(
         generation_s=generation_s,
         num_replicas_died=tally.num_replicas_died,
         num_resumed_tokens=tally.num_resumed_tokens,
+        num_shared_sequences=tally.num_shared_sequences,
         dead_letters_by_type=dict(tally.dead_letters_by_type),
+        quality=dict(tally.quality),
         given_up=tuple(given_up),
         unreadable_shards=tuple(shard.path for shard in preparation.plan.unreadable),
     )

@@ -65,5 +65,7 @@ class UnitRetry:
             num_completion_tokens=sum(len(it.token_ids) for it in outcome.completions),
             elapsed_s=time.monotonic() - work.started_s,
             num_resumed_tokens=outcome.num_resumed_tokens,
+            num_shared_sequences=outcome.num_shared_sequences,
             dead_letters_by_type=dict(Counter(error.error_type for error in outcome.errors)),
+            quality=self._pipeline.quality(outcome),
         )

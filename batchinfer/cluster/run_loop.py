@@ -46,14 +46,16 @@ from batchinfer.cluster.queue_policy import QueuePolicy
 from batchinfer.cluster.ray_cluster import cluster_nodes, nodes_about_to_go
 from batchinfer.cluster.replica import MAX_UNITS_HELD
 from batchinfer.cluster.replica_pool import Answer, ReplicaGone, ReplicaPool
+from batchinfer.cluster.replica_spans import ReplicaSpans
 from batchinfer.cluster.replica_watch import ReplicaWatch
 from batchinfer.cluster.result import GivenUpUnit, JobResult, job_result
+from batchinfer.cluster.run_limits import RunLimits, Stop
 from batchinfer.cluster.run_record import RunRecord
 from batchinfer.cluster.share import ReplicaShare, replica_share
 from batchinfer.cluster.work_queue import WorkQueue
-from batchinfer.errors import ClusterLost, ModelError, RunInterrupted, SpecError
+from batchinfer.errors import BatchinferError, ClusterLost, ModelError, RunInterrupted, SpecError
 from batchinfer.progress import ProgressView
-from batchinfer.records import UnitResult
+from batchinfer.records import Shard, UnitResult, WorkUnit
 from batchinfer.storage.faults import FaultPlan
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ class RunLoop:
         interruption: Interruption,
         chaos: FaultPlan | None,
         started_s: float,
+        limits: RunLimits,
+        spans: ReplicaSpans,
     ) -> None:
         execution = preparation.spec.execution
         self._preparation = preparation
@@ -90,6 +94,10 @@ class RunLoop:
         self._interruption = interruption
         self._chaos = chaos
         self._started_s = started_s
+        self._limits = limits
+        self._spans = spans
+        #: What ends the run early, other than a signal.
+        self._stop: Stop | None = None
         self._first_ready_s: float | None = None
         self._queue = WorkQueue(
             preparation.pending,
@@ -128,9 +136,10 @@ class RunLoop:
                     # An answer of the same list may have told that its replica is gone, and with it this one is void.
                     if answer.replica_id in self._pool:
                         self._take_answer(answer, time.monotonic())
+                    # Before the next commit is followed by the next unit.
+                    self._drain_if_asked(time.monotonic())
                 now_s = time.monotonic()
-                if self._interruption.is_asked and not self._is_draining:
-                    self._begin_drain(now_s)
+                self._drain_if_asked(now_s)
                 wake_at_s = self._queue.wake_at_s
                 if wake_at_s is not None and wake_at_s <= now_s:
                     self._handle(Tick(now_s))
@@ -143,15 +152,29 @@ class RunLoop:
                     show_at_s = now_s + SHOW_INTERVAL_S
                     self._show(now_s)
                 self._record.flush()
+            # What the last answers brought; metrics would never hear of it.
+            self._show(time.monotonic())
         finally:
             # First of all: a run that lost its lease must not have its replicas go on.
             self._pool.stop_all()
         return self._result()
 
-    def _begin_drain(self, now_s: float) -> None:
-        self._is_draining = True
-        self._record.event("run_stopped", reason="signal")
-        logger.info("stopping: replicas journal what they have in flight; a second signal ends it at once")
+    def _drain_if_asked(self, now_s: float) -> None:
+        """By a signal, or by what the job allows itself."""
+        if self._is_draining or self._finish is not None:
+            return
+        if self._interruption.is_asked:
+            self._begin_drain(now_s)
+        elif (stop := self._limits.reached()) is not None:
+            self._begin_drain(now_s, stop)
+
+    def _begin_drain(self, now_s: float, stop: Stop | None = None) -> None:
+        # Now: without replicas there is no rate to tell the rest by.
+        self._show(now_s)
+        self._is_draining, self._stop = True, stop
+        self._record.event("run_stopped", reason=stop or "signal")
+        why = f" ({stop})" if stop is not None else ""
+        logger.info("stopping%s: replicas journal what they have in flight; a second signal ends it at once", why)
         self._handle(Drain(now_s))
 
     def _look_at_cluster(self, now_s: float) -> None:
@@ -189,6 +212,7 @@ class RunLoop:
             case UnitResult() as result if assignment is not None:
                 self._tally.unit_committed(replica_id, result)
                 self._record.unit_committed(replica_id, result)
+                self._limits.unit_committed(result)
                 self._handle(UnitCommitted(replica_id, result.unit_id, now_s))
             case ProbeResult() as result if assignment is not None:
                 self._record.event(
@@ -239,7 +263,8 @@ class RunLoop:
             started.start_s,
         )
         self._watch.ready(replica_id, started.node_id, now_s)
-        self._tally.replica_ready(replica_id, started.capacity, now_s)
+        self._limits.replica_ready(replica_id, started.start_s)
+        self._tally.replica_ready(replica_id, started, now_s)
         self._handle(ReplicaReady(replica_id, started.capacity, now_s))
 
     def _replica_progressed(self, replica_id: int, progress: ReplicaProgress, now_s: float) -> None:
@@ -265,7 +290,7 @@ class RunLoop:
                 self._journaled.num_rows_journaled + drained.num_rows_journaled,
                 self._journaled.num_tokens_journaled + drained.num_tokens_journaled,
             )
-        self._end_replica(replica_id, died=False)
+        self._end_replica(replica_id, now_s)
         self._handle(ReplicaDrained(replica_id, now_s))
 
     def _start_failed(self, replica_id: int, error: str, now_s: float, *, final: bool) -> None:
@@ -274,7 +299,8 @@ class RunLoop:
         # Once for each reason: on a hundred GPUs the log would be full of it. How often is told at the end.
         if self._start_errors[error] == 1:
             logger.warning("replica %d cannot start: %s", replica_id, error)
-        self._end_replica(replica_id, died=False)
+        self._spans.end(replica_id, error)
+        self._end_replica(replica_id, now_s)
         self._handle(ReplicaStartFailed(replica_id, error, final, now_s))
 
     def _replica_died(self, replica_id: int, error: str, now_s: float, *, blameless: bool) -> None:
@@ -282,13 +308,15 @@ class RunLoop:
         self._record.event("replica_died", replica=replica_id, error=error, blameless=blameless)
         logger.warning("replica %d died: %s", replica_id, error)
         # It may be alive but unusable (a broken CUDA context, say); its device is needed for the next one.
-        self._end_replica(replica_id, died=True)
+        self._end_replica(replica_id, now_s, died_of=error)
         self._handle(ReplicaDied(replica_id, error, now_s, blameless))
 
-    def _end_replica(self, replica_id: int, *, died: bool) -> None:
+    def _end_replica(self, replica_id: int, now_s: float, died_of: str = "") -> None:
         self._pool.stop(replica_id)
         self._watch.gone(replica_id)
-        self._tally.replica_gone(replica_id, died=died)
+        self._limits.replica_gone(replica_id)
+        self._tally.replica_gone(replica_id, now_s, died_of)
+        self._spans.end(replica_id, died_of)
 
     def _handle(self, event: Event) -> None:
         for command in self._queue.handle(event):
@@ -298,7 +326,8 @@ class RunLoop:
         match command:
             case StartReplica(replica_id=replica_id):
                 self._pool.start(replica_id, self._setup(replica_id))
-                self._record.event("replica_starting", replica=replica_id)
+                self._record.event("replica_starting", replica=replica_id, num_gpus=self._share.num_gpus)
+                self._limits.replica_starting(replica_id, self._share.num_gpus)
             case StopReplica(replica_id=replica_id, reason=reason):
                 if replica_id not in self._pool:
                     return
@@ -306,20 +335,23 @@ class RunLoop:
                 self._record.event("replica_stopped", replica=replica_id, error=reason)
                 if reason:
                     logger.warning("replica %d is ended: %s", replica_id, reason)
-                self._end_replica(replica_id, died=bool(reason))
+                self._end_replica(replica_id, time.monotonic(), died_of=reason)
             case DrainReplica(replica_id=replica_id):
                 self._pool.drain(replica_id)
             case Assign() as it:
-                assignment = Assignment(it.unit, self._shards[it.unit.shard_id], it.attempt, it.lease, it.poisoned)
+                assignment = Assignment(it.unit, self._shard_of(it.unit), it.attempt, it.lease, it.poisoned)
                 self._pool.assign(it.replica_id, "generate", assignment)
                 self._record.unit_leased(it.replica_id, it.unit.unit_id, it.attempt, len(it.poisoned))
             case Probe() as it:
-                shard = self._shards[it.unit.shard_id]
+                shard = self._shard_of(it.unit)
                 self._pool.assign(
                     it.replica_id, "probe", Assignment(it.unit, shard, it.attempt, it.lease, offsets=it.offsets)
                 )
             case Finish():
                 self._finish = command
+
+    def _shard_of(self, unit: WorkUnit) -> Shard:
+        return self._shards[unit.shard_id].for_unit(unit)
 
     def _setup(self, replica_id: int) -> ReplicaSetup:
         preparation = self._preparation
@@ -336,15 +368,14 @@ class RunLoop:
             role=f"replica-{replica_id}",
             chaos=self._chaos,
             retry=preparation.retry.scope if preparation.retry is not None else None,
+            tracing=self._spans.begin(replica_id),
         )
 
     def _show(self, now_s: float) -> None:
-        queue = self._queue
-        self._view.show(
-            self._tally.progress(
-                now_s, now_s - self._started_s, queue.num_ready, queue.num_starting, len(queue.given_up)
-            )
-        )
+        progress = self._tally.progress(now_s, now_s - self._started_s, self._queue.look())
+        if not self._is_draining:
+            self._limits.note_rate(progress.eta_s)
+        self._view.show(progress)
 
     def _result(self) -> JobResult:
         finish, now_s = self._finish, time.monotonic()
@@ -362,9 +393,10 @@ class RunLoop:
             case "replicas_keep_dying":
                 raise ClusterLost(f"replicas keep dying before they commit anything; the last one said: {finish.error}")
             case "drained":
-                raise RunInterrupted(self._stopped())
+                raise self._stopped()
         # A run that only had a plan to write never saw a replica.
         self._record.begin()
+        self._limits.check_quality()
         return job_result(
             self._preparation,
             self._tally,
@@ -377,10 +409,14 @@ class RunLoop:
             ],
         )
 
-    def _stopped(self) -> str:
+    def _stopped(self) -> BatchinferError:
         tally, journaled = self._tally, self._journaled
-        return (
-            f"stopped: {tally.num_rows_before + tally.num_rows_committed:,} of {tally.num_rows:,} rows are committed, "
+        num_committed = tally.num_rows_before + tally.num_rows_committed
+        text = (
+            f"stopped: {num_committed:,} of {tally.num_rows:,} rows are committed, "
             f"{journaled.num_rows_journaled:,} rows and {journaled.num_tokens_journaled:,} tokens of others are "
-            "journaled; run the same command again to continue"
+            "journaled"
         )
+        if self._stop is None:
+            return RunInterrupted(f"{text}; run the same command again to continue")
+        return self._limits.stopped(self._stop, text, tally.num_rows - num_committed, tally.num_rows_committed)

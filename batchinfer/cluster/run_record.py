@@ -10,9 +10,11 @@ from batchinfer import __version__
 from batchinfer.cluster.messages import ReplicaStarted
 from batchinfer.cluster.prepare import Preparation
 from batchinfer.cluster.retry_prepare import note_retry
+from batchinfer.cluster.speed_meter import SpeedMeter
 from batchinfer.fingerprint import redacted_spec
 from batchinfer.records import UnitResult
 from batchinfer.redact import redact
+from batchinfer.speeds import Speed, model_key
 from batchinfer.storage.events import EventLog, EventValue, open_event_log
 from batchinfer.storage.journal import remove_journals_except
 from batchinfer.storage.layout import clear_staging, set_aside, write_job, write_plan
@@ -35,11 +37,13 @@ class RunRecord:
 
     The events, each with ``at`` and ``event`` (readers must bear events and fields they do not know):
 
-    * ``run_started`` run, host, num_units_pending, num_units_committed; ``run_stopped`` reason (a drain begins);
-      ``run_finished`` outcome, error.
-    * ``replica_starting``, ``replica_start_failed`` error, ``replica_ready`` engine, device, node, capacity, start_s;
-      a replica's end is one of ``replica_died`` error, blameless; ``replica_stopped`` error (it hung, say; empty: it
-      was not needed any more); ``replica_drained`` num_rows_journaled, num_tokens_journaled; or the run's.
+    * ``run_started`` run, host, num_units_pending, num_units_committed, scripts (that the quality is judged
+      by); ``run_stopped`` reason (a drain begins: signal, quality, deadline, gpu_hours); ``run_finished`` outcome,
+      error.
+    * ``replica_starting`` num_gpus, ``replica_start_failed`` error, ``replica_ready`` engine, device, device_name,
+      node, capacity, start_s; a replica's end is one of ``replica_died`` error, blameless; ``replica_stopped`` error
+      (it hung, say; empty: it was not needed any more); ``replica_drained`` num_rows_journaled, num_tokens_journaled;
+      or the run's.
     * ``replica_stats``, every half minute and at its end: batch_fill (sequences in the batch now / capacity), kv_use
       (share of the KV cache's places used now), idle_s (since its start, the engine had nothing to do), and the
       engine's counters since its start as ``EngineStats`` names them.
@@ -52,12 +56,14 @@ class RunRecord:
         self._run_id = run_id
         self._log: EventLog | None = None
         self._held_back: list[tuple[datetime, str, dict[str, EventValue]]] = []
+        self._meter = SpeedMeter()
         self.event(
             "run_started",
             run=run_id,
             host=platform.node(),
             num_units_pending=len(preparation.pending),
             num_units_committed=preparation.num_units_committed,
+            scripts=list(preparation.spec.quality.scripts),
         )
 
     def __enter__(self) -> "RunRecord":
@@ -105,6 +111,7 @@ class RunRecord:
         It is in the log after the next :meth:`flush`; a crash before it loses the account, never the rows.
         """
         clean = {name: redact(value) if isinstance(value, str) else value for name, value in facts.items()}
+        self._meter.take(kind, datetime.now(UTC), clean)
         if self._log is None:
             self._held_back.append((datetime.now(UTC), kind, clean))
         else:
@@ -115,6 +122,14 @@ class RunRecord:
         if self._log is not None:
             self._log.flush()
 
+    def speed(self) -> Speed | None:
+        """How fast the run was; None before its end, and where it tells nothing of another run."""
+        preparation = self._preparation
+        model = preparation.facts.model
+        return self._meter.speed(
+            model=model_key(model.identity), dtype=preparation.spec.model.dtype, job=preparation.fingerprint.digest
+        )
+
     def replica_ready(self, replica_id: int, started: ReplicaStarted) -> None:
         """A model is loaded."""
         self.event(
@@ -122,6 +137,7 @@ class RunRecord:
             replica=replica_id,
             engine=started.engine,
             device=started.device,
+            device_name=started.device_name,
             node=started.node,
             capacity=started.capacity,
             start_s=round(started.start_s, 3),
@@ -143,8 +159,11 @@ class RunRecord:
             num_prompt_tokens=result.num_prompt_tokens,
             num_completion_tokens=result.num_completion_tokens,
             num_resumed_tokens=result.num_resumed_tokens,
+            num_shared_sequences=result.num_shared_sequences,
+            dead_letters_by_type=dict(result.dead_letters_by_type),
             elapsed_s=round(result.elapsed_s, 3),
             already_committed=result.already_committed,
+            quality=dict(result.quality),
         )
 
     def _job(self) -> dict[str, object]:
@@ -157,6 +176,7 @@ class RunRecord:
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "n": spec.sampling.n,
             "sampling_column": spec.prompt.sampling_column,
+            "request_column": spec.prompt.request,
             "reproducibility": {
                 "sampling": _REPRODUCIBILITY["sampling"],
                 spec.model.dtype: _REPRODUCIBILITY[spec.model.dtype],

@@ -16,16 +16,21 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from batchinfer.cluster.choices import choose, sequences_of_choices
+from batchinfer.cluster.conversations import Conversations, completions
 from batchinfer.cluster.engine_loop import EngineClosed, EngineLoop, Snapshot
 from batchinfer.cluster.journal_keeper import JournalKeeper, UnitJournal
 from batchinfer.cluster.messages import Assignment, Drained, ProbeResult
-from batchinfer.detokenise import Detokenizer
+from batchinfer.cluster.request_sharing import RequestSharing
+from batchinfer.cluster.texts import Texts
+from batchinfer.cluster.unit_spans import NO_UNIT_SPANS, UnitSpans
 from batchinfer.engine.engine import Generation, Sequence
-from batchinfer.engine.stopping import cut_text
 from batchinfer.prompts.renderer import PromptRenderer
+from batchinfer.quality import CompletionJudge
 from batchinfer.records import Completion, Prompt, RowError, UnitResult, WorkUnit
 from batchinfer.storage.location import Location
-from batchinfer.storage.reader import ParquetReader, UnitRows
+from batchinfer.storage.reader import UnitRows
+from batchinfer.storage.shard_reader import ShardReader
 from batchinfer.storage.writer import PartFormat, PublishOutcome, publish_unit
 
 Result = TypeVar("Result")
@@ -41,38 +46,6 @@ KILLED_REPLICA_ERROR = "killed its replica twice when it was generated alone"
 NUM_THREADS = 2
 #: Share of a drain's time that the engine's current step may take; the rest is for writing journals.
 STEP_SHARE = 0.6
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """How token ids of a completion become its text; ``detokenizer`` is None for a model without a tokenizer."""
-
-    detokenizer: Detokenizer | None
-    eos_token_ids: frozenset[int]
-
-    def of(self, generations: SequenceOf[Generation]) -> list[str]:
-        """One text each, without the id or the string that stopped it; empty without a tokenizer."""
-        detokenizer = self.detokenizer
-        if detokenizer is None:
-            return [""] * len(generations)
-        texts = detokenizer.decode_batch([self._without_stop_id(generation) for generation in generations])
-        return [self._cut(text, generation) for text, generation in zip(texts, generations, strict=True)]
-
-    def _without_stop_id(self, generation: Generation) -> SequenceOf[int]:
-        token_ids = generation.token_ids
-        if generation.finish_reason != "stop" or not token_ids:
-            return token_ids
-        is_stop_id = token_ids[-1] in self.eos_token_ids or (
-            token_ids[-1] in generation.sequence.prompt.sampling.stop_token_ids
-        )
-        return token_ids[:-1] if is_stop_id else token_ids
-
-    def _cut(self, text: str, generation: Generation) -> str:
-        sampling = generation.sequence.prompt.sampling
-        if not sampling.stop or generation.finish_reason != "stop" or self.detokenizer is None:
-            return text
-        ignored = generation.token_ids[: sampling.min_new_tokens]
-        return cut_text(text, sampling.stop, len(self.detokenizer.decode(ignored)) if ignored else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +67,9 @@ class Outcome:
 
     completions: list[Completion]
     errors: list[RowError]
-    #: Tokens that came out of the journal.
+    #: Tokens that came out of the journal, and sequences that got the end of an identical one.
     num_resumed_tokens: int = 0
+    num_shared_sequences: int = 0
 
 
 class UnitPipeline:
@@ -104,13 +78,15 @@ class UnitPipeline:
     def __init__(
         self,
         *,
-        reader: ParquetReader,
+        reader: ShardReader,
         renderer: PromptRenderer,
         engine_loop: EngineLoop,
         texts: Texts,
         output: Location,
         part: PartFormat,
         journals: JournalKeeper,
+        judge: CompletionJudge = CompletionJudge(),  # noqa: B008 - frozen
+        spans: UnitSpans = NO_UNIT_SPANS,
     ) -> None:
         self._reader = reader
         self._renderer = renderer
@@ -119,6 +95,10 @@ class UnitPipeline:
         self._output = output
         self._part = part
         self._journals = journals
+        self._judge = judge
+        self._spans = spans
+        self._sharing = RequestSharing()
+        self._conversations = Conversations(renderer, texts)
         self._preparers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prepare")
         self._publishers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="publish")
         #: Guards what follows; notified when a unit leaves.
@@ -187,10 +167,11 @@ class UnitPipeline:
         with self._door:
             self._num_in_hand += 1
         try:
-            work, journal = self._preparers.submit(self._begin, assignment, prepare).result()
+            work, journal, resumed = self._preparers.submit(self._begin, assignment, prepare).result()
             try:
-                generations, num_resumed = self._generate(work, journal)
-                return self._publishers.submit(self._end, work, generations, num_resumed, journal, finish).result()
+                with self._spans.stage(assignment, "generate"):
+                    generated = self._generate(resumed, journal)
+                return self._publishers.submit(self._end, work, generated, journal, finish).result()
             except BaseException:
                 journal.save()
                 self._count_journaled(journal)
@@ -205,52 +186,66 @@ class UnitPipeline:
     def prepare(self, assignment: Assignment, offsets: SequenceOf[int] | None = None) -> Work:
         """Read the unit and make sequences of the rows at ``offsets`` (None = all of them), in row order."""
         started_s = time.monotonic()
-        rows = self._reader.read_unit(assignment.shard, assignment.unit)
+        with self._spans.stage(assignment, "read"):
+            rows = self._reader.read_unit(assignment.shard, assignment.unit)
         self._lived()
         wanted = range(assignment.unit.num_rows) if offsets is None else offsets
-        prompts, errors = self._prompts(assignment, rows, wanted)
+        with self._spans.stage(assignment, "render"):
+            prompts, errors = self._prompts(assignment, rows, wanted)
         self._lived()
-        sequences = tuple(Sequence(prompt, sample) for prompt in prompts for sample in range(prompt.sampling.n))
+        sequences = tuple(sequence for prompt in prompts for sequence in _sequences(prompt))
         return Work(assignment, rows.table, sequences, errors, started_s)
 
     def publish(self, work: Work, outcome: Outcome) -> UnitResult:
         """Commit a unit all of whose rows are in ``outcome``."""
         unit = work.assignment.unit
-        published = publish_unit(self._output, unit, work.rows, outcome.completions, outcome.errors, self._part)
-        return _result(unit, outcome, published, time.monotonic() - work.started_s)
+        with self._spans.stage(work.assignment, "publish"):
+            published = publish_unit(self._output, unit, work.rows, outcome.completions, outcome.errors, self._part)
+        result = _result(unit, outcome, published, time.monotonic() - work.started_s)
+        return replace(result, quality=self.quality(outcome))
 
-    def _begin(self, assignment: Assignment, prepare: Callable[[Assignment], Work]) -> tuple[Work, UnitJournal]:
+    def quality(self, outcome: Outcome) -> dict[str, int]:
+        """Number of the completions by what is amiss with them."""
+        return self._judge.count(outcome.completions)
+
+    def _begin(
+        self, assignment: Assignment, prepare: Callable[[Assignment], Work]
+    ) -> tuple[Work, UnitJournal, tuple[list[Generation], list[Sequence]]]:
+        """Beside the unit and its journal: the ends that the journal knows, and the sequences to go on with."""
         work = prepare(assignment)
         journal = self._journals.open(assignment)
+        resumed = self._conversations.resume(journal, work.sequences)
         self._lived()
-        return work, journal
+        return work, journal, resumed
 
-    def _generate(self, work: Work, journal: UnitJournal) -> tuple[list[Generation], int]:
-        """The ends of all sequences, those that the journal knows and those that the engine makes now.
-
-        Beside them the number of tokens that the journal knew.
-        """
+    def _generate(self, resumed: tuple[list[Generation], list[Sequence]], journal: UnitJournal) -> "_Generated":
+        """The ends of all sequences: those the journal knows, those the engine makes now, and those of their twins."""
 
         def on_snapshot(snapshot: Snapshot) -> None:
             journal.take(snapshot)
             self._journals.flush_soon(journal)
 
-        ended, left = journal.resume(work.sequences)
+        ended, left = resumed
         num_resumed = sum(len(it.token_ids) for it in ended) + sum(len(it.token_ids) for it in left)
+        shared = self._sharing.sort_out(left, ended)
         # A crash inside loses the tokens since the last flush, never rows.
-        generated = self._engine_loop.generate(left, on_snapshot)
+        generated = self._engine_loop.generate(shared.leaders, on_snapshot, self._conversations.next_turn)
         journal.take(Snapshot(tuple(generated)))
-        return ended + generated, num_resumed
+        self._sharing.remember(shared, generated)
+        return _Generated(ended + generated + shared.fan_out(generated), num_resumed, shared.num_shared)
 
     def _end(
         self,
         work: Work,
-        generations: SequenceOf[Generation],
-        num_resumed_tokens: int,
+        generated: "_Generated",
         journal: UnitJournal,
         finish: Callable[[Work, Outcome, UnitJournal], Result],
     ) -> Result:
-        outcome = replace(self._outcome(work, generations), num_resumed_tokens=num_resumed_tokens)
+        outcome = replace(
+            self._outcome(work, generated.ends),
+            num_resumed_tokens=generated.num_resumed_tokens,
+            num_shared_sequences=generated.num_shared_sequences,
+        )
         with self._door:
             # A drained replica is about to be gone, and another one may have the unit: it is left as it is.
             if self._is_draining:
@@ -269,22 +264,30 @@ class UnitPipeline:
         failed = {gen.error.row_id: gen.error for gen in generations if gen.error is not None}
         # A row with one failed sample is a dead letter as a whole; its other samples would be half a row.
         whole = [gen for gen in generations if gen.sequence.prompt.row_id not in failed]
-        return Outcome(self._completions(whole), [*work.errors, *failed.values()])
+        chosen = choose(gen for gen in whole if gen.sequence.forced)
+        answered = completions([gen for gen in whole if not gen.sequence.forced], self._texts)
+        return Outcome(
+            [*answered, *(it for it in chosen if isinstance(it, Completion))],
+            [*work.errors, *failed.values(), *(it for it in chosen if isinstance(it, RowError))],
+        )
 
     def _prompts(
         self, assignment: Assignment, rows: UnitRows, offsets: SequenceOf[int]
     ) -> tuple[list[Prompt], list[RowError]]:
         unit, num_rows, poisoned = assignment.unit, rows.table.num_rows, frozenset(assignment.poisoned)
-        to_render = [offset for offset in offsets if offset < num_rows and offset not in poisoned]
+        rejected = {offset: rows.rejected[offset] for offset in offsets if offset in rows.rejected}
+        no_prompts = poisoned | rejected.keys()
+        to_render = [offset for offset in offsets if offset < num_rows and offset not in no_prompts]
         are_all = to_render == list(range(num_rows))
         table = rows.table if are_all else rows.table.take(pa.array(to_render, pa.int64()))
         rendered = self._renderer.render(table, [unit.row_id(offset) for offset in to_render])
         prompts = [item for item in rendered if isinstance(item, Prompt)]
         errors = [item for item in rendered if isinstance(item, RowError)]
+        errors += [RowError(unit.row_id(offset), it.error_type, it.error) for offset, it in rejected.items()]
         errors += [
             RowError(unit.row_id(offset), KILLED_REPLICA, KILLED_REPLICA_ERROR, assignment.attempt)
             for offset in offsets
-            if offset < num_rows and offset in poisoned
+            if offset < num_rows and offset in poisoned and offset not in rejected
         ]
         errors += [
             RowError(unit.row_id(offset), SHARD_CORRUPT, str(rows.error), assignment.attempt)
@@ -303,19 +306,22 @@ class UnitPipeline:
         with self._door:
             self._num_stages_done += 1
 
-    def _completions(self, generations: SequenceOf[Generation]) -> list[Completion]:
-        return [
-            Completion(
-                row_id=generation.sequence.prompt.row_id,
-                sample=generation.sequence.sample,
-                text=text,
-                token_ids=generation.token_ids,
-                finish_reason=generation.finish_reason,
-                num_prompt_tokens=len(generation.sequence.prompt.token_ids),
-                logprobs=generation.logprobs,
-            )
-            for generation, text in zip(generations, self._texts.of(generations), strict=True)
-        ]
+
+@dataclass(frozen=True, slots=True)
+class _Generated:
+    """The ends of all of a unit's sequences, and what of them cost nothing."""
+
+    ends: SequenceOf[Generation]
+    #: Tokens that the journal knew.
+    num_resumed_tokens: int
+    num_shared_sequences: int
+
+
+def _sequences(prompt: Prompt) -> tuple[Sequence, ...]:
+    """What a row is generated as."""
+    if prompt.choice_token_ids:
+        return sequences_of_choices(prompt)
+    return tuple(Sequence(prompt, sample) for sample in range(prompt.sampling.n))
 
 
 def journaled(work: Work, outcome: Outcome, journal: UnitJournal) -> ProbeResult:
@@ -326,15 +332,18 @@ def journaled(work: Work, outcome: Outcome, journal: UnitJournal) -> ProbeResult
 
 def _result(unit: WorkUnit, outcome: Outcome, published: PublishOutcome, elapsed_s: float) -> UnitResult:
     completions, errors = outcome.completions, outcome.errors
+    num_tokens = sum(len(completion.token_ids) for completion in completions)
     return UnitResult(
         unit_id=unit.unit_id,
         num_rows=unit.num_rows,
         num_completions=len(completions),
         num_dead_letters=len(errors),
         num_prompt_tokens=sum(completion.num_prompt_tokens for completion in completions if completion.sample == 0),
-        num_completion_tokens=sum(len(completion.token_ids) for completion in completions),
+        num_completion_tokens=num_tokens,
         elapsed_s=elapsed_s,
         already_committed=published is PublishOutcome.ALREADY_COMMITTED,
-        num_resumed_tokens=outcome.num_resumed_tokens,
+        # Choices that were not the likeliest are in the journal too, but in no completion.
+        num_resumed_tokens=min(outcome.num_resumed_tokens, num_tokens),
+        num_shared_sequences=outcome.num_shared_sequences,
         dead_letters_by_type=dict(Counter(error.error_type for error in errors)),
     )

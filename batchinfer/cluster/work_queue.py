@@ -35,6 +35,7 @@ from batchinfer.cluster.queue_messages import (
     Event,
     Finish,
     Outcome,
+    QueueLook,
     ReplicaDied,
     ReplicaDrained,
     ReplicaEvicted,
@@ -43,6 +44,7 @@ from batchinfer.cluster.queue_messages import (
     ReplicaReady,
     ReplicaStartFailed,
     ReplicasWanted,
+    Standing,
     StartReplica,
     StopReplica,
     Tick,
@@ -110,6 +112,17 @@ class WorkQueue:
     @property
     def num_starting(self) -> int:
         return self._roster.num_starting
+
+    def look(self) -> QueueLook:
+        """Everything that progress shows of it."""
+        return QueueLook(
+            num_units_pending=self.num_pending,
+            num_units_leased=self.num_leased,
+            num_units_given_up=len(self.given_up),
+            num_ready=self.num_ready,
+            num_starting=self.num_starting,
+            replicas=tuple(Standing(it.replica_id, it.state, len(it.units)) for it in self._roster),
+        )
 
     @property
     def wake_at_s(self) -> float | None:

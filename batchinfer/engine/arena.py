@@ -5,10 +5,12 @@ are free anywhere: other holders slide together. Copies are cheap beside a step,
 """
 
 from batchinfer.engine.extents import Extents
-from batchinfer.engine.holders import NO_EXTENT, Prefix, Row
+from batchinfer.engine.holders import NO_EXTENT, Kept, Prefix, Row
 from batchinfer.engine.step_plan import Copy, Extent
 
-Holder = Prefix | Row
+#: What is read or written in a step; and what may own places beside it.
+Reader = Prefix | Row
+Holder = Reader | Kept
 
 
 class Arena:
@@ -57,6 +59,21 @@ class Arena:
             grown = grown or self._allocate(num_places)
             self._holders[holder.holder] = holder
         holder.settle(grown)
+
+    def shrink(self, holder: Holder, num_places: int) -> None:
+        """Give back what it has beyond ``num_places``, which hold all its KV; nothing happens if that is nothing."""
+        if self.round_up(num_places) < holder.extent.capacity:
+            holder.settle(self._extents.shrink(holder.extent, num_places))
+
+    def pass_on(self, holder: Holder, heir: Holder) -> None:
+        """``heir``, which has no places, gets those of ``holder``, and the KV in them."""
+        del self._holders[holder.holder]
+        self._holders[heir.holder] = heir
+        moved = self._moved.pop(holder.holder, None)
+        if moved is not None:
+            self._moved[heir.holder] = (heir, moved[1])
+        heir.settle(holder.extent)
+        holder.settle(NO_EXTENT)
 
     def release(self, holder: Holder) -> None:
         """Its places may be used by whatever comes after the last plan."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +14,11 @@ from batchinfer.engine.decoder import Decoder
 from batchinfer.engine.decoder_config import DecoderConfig, decoder_config, supported
 from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.engine import Decode, LoadedEngine
+from batchinfer.engine.grammar import Grammars
 from batchinfer.engine.graphs import GraphedDecoder, cuda_recorder
 from batchinfer.engine.ops import Ops
 from batchinfer.engine.padded import PaddedEngine
+from batchinfer.engine.reserve import reserved_bytes, step_size
 from batchinfer.engine.scheduler_limits import Limits
 from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.engine.warm_up import MAX_DISTANCE, warm_up
@@ -26,12 +29,6 @@ logger = logging.getLogger(__name__)
 
 EngineKind = Literal["auto", "continuous", "padded"]
 
-#: Sequences at once and tokens through the model in a step, unless the job says otherwise.
-_MAX_ROWS = {"cpu": 256, "cuda": 1024}
-_MAX_STEP_TOKENS = {"cpu": 1024, "cuda": 8192}
-#: At most 64 MiB each for split rows, for a relocation and for a prefix's splits, in graphs once more.
-_KERNEL_SCRATCH_BYTES = 384 << 20
-
 
 def build_engine(
     kind: EngineKind,
@@ -41,13 +38,15 @@ def build_engine(
     device: str,
     max_model_len: int | None = None,
     decode: Decode | None = None,
+    tokenizer_json: Callable[[], str] | None = None,
     max_batch_rows: int | None = None,
     max_batch_tokens: int | None = None,
 ) -> LoadedEngine:
     """Load the model in ``directory`` (hub layout) onto ``device`` and put an engine of this kind around it.
 
     ``auto`` is ``continuous`` where that supports the model and its kernels prove right on the device, else
-    ``padded``, and says in the log why. ``decode`` is needed by sequences with stop strings only.
+    ``padded``, and says in the log why. ``decode`` is needed by sequences with stop strings only, ``tokenizer_json``
+    (the text of a tokenizer.json) by those with a schema or pattern.
     ``max_batch_tokens`` is the size of the KV cache in tokens. Limits left out come from the device. Raises
     ModelError when directory, family, device or memory do not do, and where ``continuous`` is asked for and cannot be.
     """
@@ -57,7 +56,7 @@ def build_engine(
         reason = supported(facts.config) or _lacking(torch.device(device))
         if reason is None:
             try:
-                return _continuous(facts, dtype, device, decode, max_batch_rows, max_batch_tokens)
+                return _continuous(facts, dtype, device, decode, tokenizer_json, max_batch_rows, max_batch_tokens)
             except _KernelsWrong as error:
                 # Only the words are kept: the traceback holds the weights.
                 reason = str(error)
@@ -65,16 +64,28 @@ def build_engine(
             raise ModelError(f"{directory}: {reason}; use engine.kind=padded")
         logger.warning("the padded engine runs this model: %s", reason)
     loaded = load_model(directory, dtype=dtype, device=device, max_model_len=max_model_len)
+    grammars = _grammars(tokenizer_json, loaded.eos_token_ids, loaded.model.device.type)
     engine = PaddedEngine(
         loaded.model,
         eos_token_ids=loaded.eos_token_ids,
         pad_token_id=loaded.pad_token_id,
         max_model_len=loaded.max_model_len,
         decode=decode,
+        grammars=grammars,
         max_batch_rows=max_batch_rows,
         max_batch_tokens=max_batch_tokens,
     )
-    return LoadedEngine(engine, "padded", device, loaded.eos_token_ids, loaded.vocab_size, loaded.max_model_len)
+    return LoadedEngine(
+        engine, "padded", device, loaded.eos_token_ids, loaded.vocab_size, loaded.max_model_len, grammars
+    )
+
+
+def _grammars(
+    tokenizer_json: Callable[[], str] | None, eos_token_ids: tuple[int, ...], device_type: str
+) -> Grammars | None:
+    if tokenizer_json is None:
+        return None
+    return Grammars(tokenizer_json, eos_token_ids, for_gpu=device_type == "cuda")
 
 
 class _KernelsWrong(Exception):
@@ -107,6 +118,7 @@ def _continuous(
     dtype_name: str,
     device_name: str,
     decode: Decode | None,
+    tokenizer_json: Callable[[], str] | None,
     max_rows: int | None,
     max_places: int | None,
 ) -> LoadedEngine:
@@ -118,6 +130,7 @@ def _continuous(
     limits = continuous_limits(config, dtype, device, facts.max_model_len, max_rows, max_places)
     # One place more than the scheduler knows of: padding rows of graphs write there.
     kv = kv_cache.allocate(config, limits.num_places + 1, dtype, device)
+    grammars = _grammars(tokenizer_json, facts.eos_token_ids, device.type)
     engine = ContinuousEngine(
         GraphedDecoder(decoder, kv, limits.max_rows, cuda_recorder(device)) if device.type == "cuda" else decoder,
         kv,
@@ -125,8 +138,11 @@ def _continuous(
         eos_token_ids=facts.eos_token_ids,
         max_model_len=facts.max_model_len,
         decode=decode,
+        grammars=grammars,
     )
-    return LoadedEngine(engine, "continuous", device_name, facts.eos_token_ids, config.vocab_size, facts.max_model_len)
+    return LoadedEngine(
+        engine, "continuous", device_name, facts.eos_token_ids, config.vocab_size, facts.max_model_len, grammars
+    )
 
 
 def continuous_limits(
@@ -141,14 +157,10 @@ def continuous_limits(
 
     Raises ModelError where not even one sequence of ``max_model_len`` tokens fits.
     """
-    rows = max_rows or _MAX_ROWS[device.type]
-    step_tokens = max(rows, _MAX_STEP_TOKENS[device.type])
+    rows, step_tokens = step_size(device.type, max_rows)
     places = max_places
     if places is None:
-        reserved = kv_cache.activation_bytes(config, dtype, step_tokens, rows)
-        if device.type == "cuda":
-            # Graphs keep their activations in a pool of their own, and attention splits its work.
-            reserved += kv_cache.activation_bytes(config, dtype, rows, rows) + _KERNEL_SCRATCH_BYTES
+        reserved = reserved_bytes(config, dtype, device.type, max_rows)
         fitting = kv_cache.num_places(config, dtype, device, reserved_bytes=reserved, min_places=max_model_len)
         # More than every row at its longest can never be used.
         places = min(fitting, rows * max_model_len)

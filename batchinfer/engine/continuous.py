@@ -3,7 +3,9 @@
 The scheduler decides a step in integers (``scheduler``), the decoder carries it out over one flat KV arena
 (``decoder``, ``kv_cache``), the sampler draws (``sampler``); this file joins them. On a GPU the host works one step
 ahead: while the device runs step i, step i + 1 is planned, and its decode rows take their newest tokens from the
-device. So a stop is seen one step late, and the token drawn after it is thrown away.
+device. So a stop is seen one step late, and the token drawn after it is thrown away. Where a row has a grammar, what
+it may draw in step i + 1 depends on its token of step i: that is read as soon as the forward pass of step i + 1 has
+been launched, and the masks are made while it runs.
 
 Running out of memory costs work, never results: every sequence waits again with the tokens it has, in a new scheduler
 with smaller steps, and is read anew. What the arena holds then is nobody's.
@@ -13,6 +15,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +32,11 @@ from batchinfer.engine.scheduler_limits import Counters, Limits
 from batchinfer.engine.step_limits import StepLimits
 from batchinfer.engine.step_plan import StepPlan
 from batchinfer.engine.step_tensors import build
+from batchinfer.engine.token_masks import TokenMasks
 from batchinfer.engine.upload import upload
+
+if TYPE_CHECKING:
+    from batchinfer.engine.grammar import Grammars
 
 #: So many steps of one token that fail without one between that fits: then it is the device, whatever the sequence.
 _MAX_LONE_FAILURES = 8
@@ -59,15 +66,19 @@ class ContinuousEngine:
         eos_token_ids: Iterable[int],
         max_model_len: int,
         decode: Decode | None = None,
+        grammars: "Grammars | None" = None,
         num_steps_ahead: int | None = None,
     ) -> None:
-        """``num_steps_ahead`` is how many launched steps may be unread: 1 on a GPU and 0 on a CPU unless given."""
+        """``grammars`` is needed by sequences with a schema or pattern only.
+
+        ``num_steps_ahead`` is how many launched steps may be unread: 1 on a GPU and 0 on a CPU unless given."""
         self._decoder = decoder
         self._kv = kv
         self._limits = limits
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len = max_model_len
         self._decode = decode
+        self._grammars = grammars
         self._num_steps_ahead = num_steps_ahead if num_steps_ahead is not None else int(decoder.device.type == "cuda")
         self._numbers = count()
         self._lengths = OutputLengths(limits.prior_output_tokens)
@@ -83,6 +94,8 @@ class ContinuousEngine:
         self._sampling: list[int] = []
         self._rows: dict[int, Row] = {}
         self._number_of: dict[tuple[str, int], int] = {}
+        #: Of sequences that have ended and whose next turn is to come: the scheduler may have kept their KV.
+        self._turn_before: dict[tuple[str, int], int] = {}
         self._flights: list[_Flight] = []
         #: Ends that no step has returned yet.
         self._ended: list[Generation] = []
@@ -142,6 +155,7 @@ class ContinuousEngine:
         unwanted = set(sequence_ids)
         self._ended = [end for end in self._ended if end.sequence.sequence_id not in unwanted]
         for sequence_id in unwanted:
+            self._drop_kept(sequence_id)
             number = self._number_of.get(sequence_id)
             if number is not None:
                 self._forget(number)
@@ -157,6 +171,7 @@ class ContinuousEngine:
     def close(self) -> None:
         self._rows.clear()
         self._number_of.clear()
+        self._turn_before.clear()
         self._flights.clear()
         self._ended.clear()
         self._sampling.clear()
@@ -165,6 +180,12 @@ class ContinuousEngine:
         self._kv = KvCache(empty, empty)
 
     def _submit_one(self, sequence: Sequence) -> None:
+        self._take_in(sequence)
+        if sequence.sequence_id not in self._number_of:
+            # It has ended already; what was kept for it is nobody's.
+            self._drop_kept(sequence.sequence_id)
+
+    def _take_in(self, sequence: Sequence) -> None:
         number = next(self._numbers)
         row = begin(
             sequence,
@@ -173,6 +194,7 @@ class ContinuousEngine:
             vocab_size=self._decoder.config.vocab_size,
             max_model_len=self._max_model_len,
             decode=self._decode,
+            grammars=self._grammars,
         )
         if isinstance(row, Generation):
             self._ended.append(row)
@@ -183,6 +205,12 @@ class ContinuousEngine:
         except ValueError as error:
             self._ended.append(failure(sequence, "out_of_memory", str(error)))
             return
+        if row.max_new_tokens < len(sequence.forced):
+            limit = (
+                f"a prompt of {len(prompt.token_ids)} tokens and {len(sequence.forced)} given ones outgrow the KV cache"
+            )
+            self._ended.append(failure(sequence, "out_of_memory", f"{limit}; give it more memory"))
+            return
         if row.max_remaining < 1:
             # An earlier try had a larger KV cache. Its tokens are right, this one just cannot add to them.
             self._ended.append(row.generation("length"))
@@ -192,8 +220,21 @@ class ContinuousEngine:
         self._number_of[sequence.sequence_id] = number
 
     def _wait(self, number: int, row: Row) -> None:
-        prompt = row.sequence.prompt
-        self._scheduler.add(number, prompt.token_ids, row.max_new_tokens, prompt.row_id, len(row.generated))
+        sequence = row.sequence
+        self._scheduler.add(
+            number,
+            sequence.prompt.token_ids,
+            row.max_new_tokens,
+            sequence.prompt_id,
+            len(row.generated),
+            keeps=sequence.has_next_turn,
+            continues=self._turn_before.pop(sequence.sequence_id, None),
+        )
+
+    def _drop_kept(self, sequence_id: tuple[str, int]) -> None:
+        number = self._turn_before.pop(sequence_id, None)
+        if number is not None:
+            self._scheduler.drop_kept(number)
 
     def _launch(self, plan: StepPlan) -> None:
         """Give the step to the device; on return it may still be running."""
@@ -207,7 +248,21 @@ class ContinuousEngine:
         if not sequences:
             return
         self._align_sampler(sequences)
-        self._flights.append(_Flight(sequences, self._sampler.launch(logits_SV)))
+        self._flights.append(_Flight(sequences, self._sampler.launch(logits_SV, self._masks(sequences))))
+
+    def _masks(self, sequences: SequenceOf[int]) -> TokenMasks | None:
+        """What those of the step's rows that have a grammar may take; first reads the steps in flight for them."""
+        if self._grammars is None or not any(self._rows[number].grammar is not None for number in sequences):
+            return None
+        while self._flights:
+            self._collect(self._flights.pop(0))
+        # Rows that have just ended draw a token like any other, which nobody reads.
+        steered = [
+            (place, row.grammar)
+            for place, number in enumerate(sequences)
+            if (row := self._rows.get(number)) is not None and row.grammar is not None
+        ]
+        return self._grammars.masks(steered) if steered else None
 
     def _retreat(self, plan: StepPlan) -> None:
         """The device had no memory for this plan: begin anew with every sequence's tokens, in smaller steps.
@@ -217,12 +272,12 @@ class ContinuousEngine:
         """
         tokens = [(row.sequence, row.position) for row in plan.decode]
         tokens += [(chunk.holder, chunk.start) for chunk in plan.prefill]
-        number, position = self._scheduler.holder_tokens(tokens[0][0])[0], tokens[0][1]
+        number, position = self._sequence_of(tokens[0][0]), tokens[0][1]
         # What was launched before is done, or will be: its tokens count.
         for flight in self._flights:
             self._collect(flight)
         self._flights.clear()
-        if plan.num_tokens == 1 and number in self._rows:
+        if plan.num_tokens == 1 and number is not None and number in self._rows:
             self._fail_alone(number, position)
         self._step_limits.step_failed(plan.num_tokens)
         self._sampler = Sampler(self._decoder.config.vocab_size, self._decoder.device)
@@ -234,9 +289,18 @@ class ContinuousEngine:
         )
         counters = self.counters
         self._earlier = replace(counters, num_preemptions=counters.num_preemptions + counters.num_running)
+        # With the places goes what was kept in them.
+        self._turn_before.clear()
         self._scheduler = Scheduler(limits, self._numbers, self._lengths)
         for number, row in self._rows.items():
             self._wait(number, row)
+
+    def _sequence_of(self, holder: int) -> int | None:
+        """Whose tokens a holder of the newest plan has; None if that has ended since."""
+        try:
+            return self._scheduler.holder_tokens(holder)[0]
+        except KeyError:
+            return None
 
     def _fail_alone(self, number: int, position: int) -> None:
         if not self._num_lone_failures and self._failed_alone_at.get(number) == position:
@@ -305,7 +369,12 @@ class ContinuousEngine:
                 continue
             self._ended.append(end)
             self._forget(number)
-            self._scheduler.finish(number)
+            sequence = row.sequence
+            kept_tokens: tuple[int, ...] = ()
+            if end.is_followed:
+                self._turn_before[sequence.sequence_id] = number
+                kept_tokens = (*sequence.prompt.token_ids, *end.token_ids)
+            self._scheduler.finish(number, kept_tokens)
 
     def _forget(self, number: int) -> None:
         row = self._rows.pop(number)
@@ -333,6 +402,9 @@ class ContinuousEngine:
             num_completion_tokens=before.num_completion_tokens + num_sampled,
             num_preemptions=counters.num_preemptions,
             num_prefix_hits=counters.num_prefix_hits,
+            num_kept_hits=counters.num_kept_hits,
+            num_kept_tokens=counters.num_kept_tokens,
             num_places_used=counters.num_places_used,
             num_finished=before.num_finished + len(finished),
+            num_followed=before.num_followed + sum(end.is_followed for end in finished),
         )

@@ -7,9 +7,12 @@ runs with torch, transformers, triton and the standard library alone.
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from batchinfer.records import FinishReason, Prompt, RowError, TokenLogprobs
+
+if TYPE_CHECKING:
+    from batchinfer.engine.grammar import Grammars
 
 #: Token ids of one sequence -> text, special tokens skipped; used for stop strings only.
 Decode = Callable[[SequenceOf[int]], str]
@@ -17,7 +20,7 @@ Decode = Callable[[SequenceOf[int]], str]
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One sample of one prompt. Its tokens depend on (seed, row_id, sample, position) and on nothing else.
+    """One sample of one prompt. Its tokens depend on (seed, row_id, sample, turn, position) and on nothing else.
 
     So a sequence that begins with the tokens of an earlier try ends exactly as it would have without the interruption.
     """
@@ -28,10 +31,32 @@ class Sequence:
     token_ids: tuple[int, ...] = ()
     #: One for each of them when the prompt asks for logprobs, else empty.
     logprobs: tuple[TokenLogprobs, ...] = ()
+    #: Not empty: nothing is drawn, these tokens are taken one by one, and the sequence ends (``stop``) behind the last.
+    #: What they are worth is in their log-probabilities, for which the prompt's sampling must ask.
+    forced: tuple[int, ...] = ()
 
     @property
     def sequence_id(self) -> tuple[str, int]:
+        """Of a conversation's turns, which have one id, never more than one is in an engine."""
         return (self.prompt.row_id, self.sample)
+
+    @property
+    def turn(self) -> int:
+        """Which turn of its row's conversation it answers, counted from 0."""
+        conversation = self.prompt.conversation
+        return 0 if conversation is None else conversation.turn
+
+    @property
+    def has_next_turn(self) -> bool:
+        """Whether, when it has ended, a sequence of the same id is to come whose prompt goes on behind its tokens."""
+        conversation = self.prompt.conversation
+        return conversation is not None and not conversation.is_last_turn
+
+    @property
+    def prompt_id(self) -> tuple[str, int, int]:
+        """Equal for sequences in an engine that have the same prompt: samples of a row, up to their first answers."""
+        turn = self.turn
+        return (self.prompt.row_id, turn, self.sample if turn else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +72,11 @@ class Generation:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: RowError | None = None
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether it is not its row's end: another turn is to come behind it."""
+        return self.error is None and self.sequence.has_next_turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +103,11 @@ class EngineStats:
     num_padding_tokens: int = 0
     num_preemptions: int = 0
     num_finished: int = 0
+    #: Of the finished ones, those behind which another turn of their conversation is to come.
+    num_followed: int = 0
+    #: Later turns that found KV of the turns before, and their tokens that did not have to be read for it.
+    num_kept_hits: int = 0
+    num_kept_tokens: int = 0
     #: Sequences that found their prefix read already, and the KV cache's token places: used, and in all. 0 = none.
     num_prefix_hits: int = 0
     num_places_used: int = 0
@@ -91,7 +126,10 @@ class Engine(Protocol):
         """Sequences submitted and neither returned nor aborted."""
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
-        """Take sequences; order between them is the engine's to choose. Never blocks."""
+        """Take sequences; order between them is the engine's to choose. Never blocks.
+
+        What an engine keeps of a sequence that ``has_next_turn`` is its own affair: the next one says all it needs.
+        """
 
     def step(self) -> list[Generation]:
         """Advance the sequences in hand by one forward pass (or admit new ones); return those that ended.
@@ -100,7 +138,7 @@ class Engine(Protocol):
         """
 
     def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
-        """Forget these sequences; unknown ids are ignored."""
+        """Forget these sequences, and what was kept for their next turns; unknown ids are ignored."""
 
     def in_progress(self) -> list[Partial]:
         """Sequences that have tokens and no end yet; same thread as step, between steps.
@@ -128,3 +166,5 @@ class LoadedEngine:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
+    #: What sequences with a schema or pattern need; None for an engine or a tokenizer that cannot have them.
+    grammars: "Grammars | None" = None

@@ -75,6 +75,16 @@ class Extents:
         self._capacity_at[extent.offset] = extent.capacity + num_missing
         return Extent(extent.offset, extent.capacity + num_missing)
 
+    def shrink(self, extent: Extent, num_places: int) -> Extent:
+        """The same extent with room for ``num_places``, fewer than before; what follows them is free."""
+        capacity = self.round_up(num_places)
+        end = extent.offset + extent.capacity
+        self._capacity_at[extent.offset] = capacity
+        if end in self._free_by_start:
+            end += self._remove(end)
+        self._insert(extent.offset + capacity, end - extent.offset - capacity)
+        return Extent(extent.offset, capacity)
+
     def gather(self, num_places: int) -> dict[int, Extent]:
         """Slide extents down until one free run holds ``num_places``: new extents by old offset, content to be copied.
 

@@ -1,9 +1,10 @@
 """An engine without a model: completions that anybody can recompute, speed and faults as ordered. No torch.
 
 Used to run and break whole jobs in seconds. Greedy completions are a function of the prompt's tokens; sampled
-ones of (prompt, seed, row_id, sample). Token p of a completion does not depend on ``max_new_tokens``, so a
-shorter limit gives a prefix of the same tokens. A sequence that comes with tokens which are not the beginning of its
-completion is refused: a real engine could not tell that some journal gave it another sequence's.
+ones of (prompt, seed, row_id, sample); the scores of given tokens of (prompt, those tokens). Token p of a completion
+does not depend on ``max_new_tokens``, so a shorter limit gives a prefix of the same tokens. A sequence that comes with
+tokens which are not the beginning of its completion is refused: a real engine could not tell that some journal gave it
+another sequence's.
 """
 
 import os
@@ -147,6 +148,7 @@ class FakeEngine:
             num_prompt_tokens=self._stats.num_prompt_tokens + num_prompt_tokens,
             num_completion_tokens=self._stats.num_completion_tokens + num_tokens,
             num_finished=self._stats.num_finished + len(finished),
+            num_followed=self._stats.num_followed + sum(end.is_followed for end in finished),
         )
         self._count()
         return finished
@@ -195,10 +197,13 @@ class FakeEngine:
 
     def _complete(self, sequence: Sequence) -> Generation:
         prompt, params = sequence.prompt, sequence.prompt.sampling
-        digest = blake2b(array("q", prompt.token_ids).tobytes(), digest_size=8).digest()
+        digest = blake2b(array("q", [*prompt.token_ids, *sequence.forced]).tobytes(), digest_size=8).digest()
         key = int.from_bytes(digest, "little")
+        if sequence.forced:
+            logprobs = None if params.logprobs is None else self._logprobs(key, sequence.forced, params.logprobs)
+            return Generation(sequence, sequence.forced, "stop", logprobs)
         if params.temperature > 0.0:
-            key ^= stream_key(params.seed, prompt.row_id, sequence.sample)
+            key ^= stream_key(params.seed, prompt.row_id, sequence.sample, sequence.turn)
         # The cube skews lengths: half of the rows end within an eighth of their limit.
         skewed = ((key >> 48) / (1 << 16)) ** 3
         length = params.max_new_tokens if params.ignore_eos else 1 + int(params.max_new_tokens * skewed)

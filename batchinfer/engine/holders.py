@@ -1,4 +1,4 @@
-"""What the scheduler remembers of everything that may own places in the KV arena: sequences and shared prefixes."""
+"""What the scheduler remembers of all that may own places in the KV arena: sequences, prefixes, kept turns."""
 
 from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
@@ -69,6 +69,35 @@ class Prefix:
 
 
 @dataclass(slots=True, eq=False)
+class Kept:
+    """What is left of a sequence that has ended: its KV, for the next turn of its conversation."""
+
+    #: The number that the sequence had.
+    holder: int
+    #: Tokens from the sequence's first on that have KV: in the prefix, then in the extent. A row that ran a step ahead
+    #: of its stop has KV of one that is no token of it.
+    num_with_kv: int
+    prefix: Prefix | None
+    #: Place in the line of waiting rows that it had.
+    turn: tuple[int, int, int]
+    extent: Extent = NO_EXTENT
+    #: Known only when the sequence's last token is.
+    token_ids: SequenceOf[int] = ()
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix is None else self.prefix.length
+
+    @property
+    def num_held(self) -> int:
+        """Places of the extent that hold KV."""
+        return self.num_with_kv - self.prefix_length
+
+    def settle(self, extent: Extent) -> None:
+        self.extent = extent
+
+
+@dataclass(slots=True, eq=False)
 class Row:
     """A sequence, with every token that the plans made so far will have given it."""
 
@@ -91,6 +120,10 @@ class Row:
     num_tokens_when_admitted: int = 0
     was_preempted: bool = False
     may_share: bool = True
+    #: Another turn of its conversation is to come, for which its KV is kept.
+    keeps: bool = False
+    #: The sequence of the turn before, whose KV it goes on behind if that is still there.
+    continues: int | None = None
 
     @property
     def holder(self) -> int:
@@ -114,9 +147,15 @@ class Row:
         return max(self.num_tokens, min(self.num_tokens + num_more, self.max_tokens - 1)) - self.prefix_length
 
     @property
+    def num_with_kv(self) -> int:
+        """Tokens that have KV, in the prefix or in the extent. The newest one sampled has none until it is read."""
+        has_sampled = self.phase in (Phase.DECODE, Phase.COMPLETE)
+        return self.num_tokens - 1 if has_sampled else self.num_prefilled
+
+    @property
     def num_held(self) -> int:
-        """Places of the extent that hold KV. A decoding row's newest token has none until it is read."""
-        return (self.num_tokens - 1 if self.phase is Phase.DECODE else self.num_prefilled) - self.prefix_length
+        """Places of the extent that hold KV."""
+        return self.num_with_kv - self.prefix_length
 
     @property
     def num_unread(self) -> int:

@@ -10,7 +10,17 @@ import torch
 from batchinfer.engine.decoder_config import DecoderConfig
 from batchinfer.errors import ModelError
 
-__all__ = ["GRANULES", "KvCache", "activation_bytes", "allocate", "bytes_per_place", "free_bytes", "num_places"]
+__all__ = [
+    "GRANULES",
+    "KvCache",
+    "activation_bytes",
+    "allocate",
+    "bytes_per_place",
+    "free_bytes",
+    "host_free_bytes",
+    "num_places",
+    "places_within",
+]
 
 #: Share of the free memory that the cache and a step's activations may take. A GPU is the replica's alone; what is
 #: left there covers the allocator's fragments and the libraries' workspaces. A host has other work to do.
@@ -52,6 +62,13 @@ def activation_bytes(config: DecoderConfig, dtype: torch.dtype, max_step_tokens:
     return max_step_tokens * per_token + max_logits_rows * per_row
 
 
+def places_within(
+    num_free_bytes: int, config: DecoderConfig, dtype: torch.dtype, device_type: str, *, reserved_bytes: int
+) -> int:
+    """How many places a device of this type holds with so much memory free, ``reserved_bytes`` kept for activations."""
+    return max(0, int(num_free_bytes * _SHARE[device_type]) - reserved_bytes) // bytes_per_place(config, dtype)
+
+
 def num_places(
     config: DecoderConfig, dtype: torch.dtype, device: torch.device, *, reserved_bytes: int, min_places: int
 ) -> int:
@@ -60,9 +77,10 @@ def num_places(
     ``reserved_bytes`` are kept for activations. Raises ModelError where fewer than ``min_places`` fit: not even
     one sequence of the longest length could run.
     """
-    usable = int(free_bytes(device) * _SHARE[device.type]) - reserved_bytes
-    places = max(0, usable) // bytes_per_place(config, dtype)
+    num_free_bytes = free_bytes(device)
+    places = places_within(num_free_bytes, config, dtype, device.type, reserved_bytes=reserved_bytes)
     if places < min_places:
+        usable = int(num_free_bytes * _SHARE[device.type]) - reserved_bytes
         needed_gb = (min_places * bytes_per_place(config, dtype) + reserved_bytes) / 1e9
         raise ModelError(
             f"model.device {device}: keys and values of one sequence of {min_places:,} tokens take {needed_gb:.2f} GB "
@@ -105,6 +123,11 @@ def free_bytes(device: torch.device) -> int:
         # What torch's allocator holds without using is free to us, but the driver counts it as taken.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return host_free_bytes()
+
+
+def host_free_bytes() -> int:
+    """Memory of the host that nobody uses, as far as the container's limit leaves it."""
     free = 4 << 30
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

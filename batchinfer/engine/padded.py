@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +23,10 @@ from batchinfer.engine.padded_cache import PaddedCache
 from batchinfer.engine.padded_limits import check_layers, default_limits
 from batchinfer.engine.row import Row, begin
 from batchinfer.engine.sampler import Sampled, Sampler
+from batchinfer.engine.token_masks import TokenMasks
+
+if TYPE_CHECKING:
+    from batchinfer.engine.grammar import Grammars
 
 #: What a completion's length is expected to be before any has ended, and how many ended ones that guess counts for.
 _PRIOR_NEW_TOKENS = 64
@@ -43,11 +48,13 @@ class PaddedEngine:
         pad_token_id: int,
         max_model_len: int,
         decode: Decode | None = None,
+        grammars: "Grammars | None" = None,
         max_batch_rows: int | None = None,
         max_batch_tokens: int | None = None,
     ) -> None:
-        """``decode`` is needed by sequences with stop strings only. Limits left out come from the device.
+        """``decode`` is needed by sequences with stop strings only, ``grammars`` by those with a schema or pattern.
 
+        Limits left out come from the device.
         Raises ModelError for a model whose layers keep something else than keys and values.
         """
         check_layers(model.config)
@@ -58,6 +65,7 @@ class PaddedEngine:
         self._pad_token_id = pad_token_id
         self._max_model_len = max_model_len
         self._decode = decode
+        self._grammars = grammars
         self._limits = default_limits(model, max_batch_rows, max_batch_tokens)
         self._capacity = self._limits.max_rows
         self._accepted = _accepted_arguments(model)
@@ -119,6 +127,7 @@ class PaddedEngine:
             self._stats,
             num_steps=self._stats.num_steps + 1,
             num_finished=self._stats.num_finished + len(finished),
+            num_followed=self._stats.num_followed + sum(end.is_followed for end in finished),
         )
         self._count()
         return finished
@@ -152,6 +161,7 @@ class PaddedEngine:
             vocab_size=self._sampler.vocab_size,
             max_model_len=self._max_model_len,
             decode=self._decode,
+            grammars=self._grammars,
         )
         if isinstance(row, Generation):
             self._ended.append(row)
@@ -162,12 +172,12 @@ class PaddedEngine:
     def _plan(self) -> int:
         """How many of the first waiting rows join in this step."""
         shapes: list[RowShape] = []
-        row_id_before = None
+        prompt_id_before = None
         for row in self._waiting[: self._capacity]:
-            row_id = None if row.generated else row.sequence.prompt.row_id
-            is_copy = row_id is not None and row_id == row_id_before
+            prompt_id = None if row.generated else row.sequence.prompt_id
+            is_copy = prompt_id is not None and prompt_id == prompt_id_before
             shapes.append(RowShape(row.length, row.max_remaining, is_copy))
-            row_id_before = row_id
+            prompt_id_before = prompt_id
         return batching.plan_admission(
             shapes,
             self._batch_shape(self._rows),
@@ -177,18 +187,18 @@ class PaddedEngine:
 
     def _prefill(self, joining: list[Row]) -> None:
         """Read the rows' tokens, draw the next token of each; samples of one unread prompt share one reading."""
-        first_of: dict[str, int] = {}
+        first_of: dict[tuple[str, int, int], int] = {}
         prefilled: list[Row] = []
         copies: list[Row] = []
         copies_of: list[int] = []
         for row in joining:
-            row_id = row.sequence.prompt.row_id
-            if not row.generated and row_id in first_of:
+            prompt_id = row.sequence.prompt_id
+            if not row.generated and prompt_id in first_of:
                 copies.append(row)
-                copies_of.append(first_of[row_id])
+                copies_of.append(first_of[prompt_id])
             else:
                 if not row.generated:
-                    first_of[row_id] = len(prefilled)
+                    first_of[prompt_id] = len(prefilled)
                 prefilled.append(row)
         lengths = [row.length for row in prefilled]
         width = max(lengths)
@@ -208,7 +218,7 @@ class PaddedEngine:
         # Sampled apart from the batch, whose rows have no logits in this step.
         sampler = Sampler(self._sampler.vocab_size, self._device)
         sampler.extend([row.sampler_row() for row in group])
-        sampled = sampler.sample(logits_RV)
+        sampled = sampler.sample(logits_RV, self._masks(group))
         del self._waiting[: len(joining)]
         offset = len(self._rows)
         for row in group:
@@ -233,7 +243,7 @@ class PaddedEngine:
             self._tokens_R = torch.tensor([row.generated[-1] for row in self._rows], device=self._device)
             self._lengths_R = torch.tensor([row.length for row in self._rows], device=self._device)
         logits_RV = self._forward(self._tokens_R[:, None], self._lengths_R, width + 1)
-        sampled = self._sampler.sample(logits_RV)
+        sampled = self._sampler.sample(logits_RV, self._masks(self._rows))
         self._cache.close_decode()
         self._tokens_R = sampled.tokens
         self._lengths_R = self._lengths_R + 1
@@ -255,6 +265,13 @@ class PaddedEngine:
         output = self._model(**{name: value for name, value in arguments.items() if name in self._accepted})
         logits_RV: torch.Tensor = output.logits[:, -1]
         return logits_RV
+
+    def _masks(self, rows: SequenceOf[Row]) -> TokenMasks | None:
+        """What those of the rows that have a grammar may take next."""
+        if self._grammars is None:
+            return None
+        steered = [(place, row.grammar) for place, row in enumerate(rows) if row.grammar is not None]
+        return self._grammars.masks(steered) if steered else None
 
     def _take_tokens(self, rows: SequenceOf[Row], sampled: Sampled) -> list[int]:
         """Give each row its token; the indices of those that ended with it."""

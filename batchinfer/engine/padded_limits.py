@@ -36,11 +36,19 @@ def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return 2 * int(text.num_hidden_layers) * num_kv_heads * head_dim * dtype.itemsize
 
 
+def tokens_within(num_free_bytes: int, config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> int:
+    """How many tokens of KV a device of this type holds with so much memory free."""
+    return int(num_free_bytes * _KV_SHARE[device_type]) // kv_bytes_per_token(config, dtype)
+
+
+def default_max_rows(device_type: str) -> int:
+    """Sequences in a batch, unless the job says otherwise."""
+    return _MAX_ROWS[device_type]
+
+
 def default_limits(model: PreTrainedModel, max_rows: int | None, max_tokens: int | None) -> BatchLimits:
     """The given limits, completed from the device."""
     device = "cuda" if model.device.type == "cuda" else "cpu"
     if max_tokens is None:
-        max_tokens = max(
-            1, int(free_bytes(model.device) * _KV_SHARE[device]) // kv_bytes_per_token(model.config, model.dtype)
-        )
+        max_tokens = max(1, tokens_within(free_bytes(model.device), model.config, model.dtype, device))
     return BatchLimits(max_rows or _MAX_ROWS[device], max_tokens, _MAX_PREFILL_TOKENS[device])

@@ -13,12 +13,14 @@ MIX_2 = 0x94D049BB133111EB
 MASK_64 = (1 << 64) - 1
 
 
-def stream_key(seed: int, row_id: str, sample: int) -> int:
-    """Key of one sequence's stream, 0 <= key < 2**64: blake2b over the three, each delimited.
+def stream_key(seed: int, row_id: str, sample: int, turn: int = 0) -> int:
+    """Key of one sequence's stream, 0 <= key < 2**64: blake2b over the four, each delimited.
 
-    The seed and the sample cannot contain the delimiter and come first, so no two triples share a text.
+    The first three written are numbers, which cannot contain a delimiter, so no two fours share a text. A row's only
+    turn, its first one, is left out.
     """
-    text = f"{seed}\0{sample}\0{row_id}".encode("utf-8", "surrogatepass")
+    numbers = f"{seed}\0{sample}.{turn}" if turn else f"{seed}\0{sample}"
+    text = f"{numbers}\0{row_id}".encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(text, digest_size=8, person=b"batchinfer").digest(), "little")
 
 

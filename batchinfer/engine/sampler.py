@@ -3,6 +3,7 @@
 Each row's token is a pure function of (its logits, its SamplingParams, its stream key, its position): no
 generator, no state shared between rows. The steps, in order, and where they come from (transformers 5):
 
+0. Tokens that a row's mask does not allow (a grammar's, say) are impossible.
 1. ``repetition_penalty`` on every token of prompt and completion (RepetitionPenaltyLogitsProcessor), then
    ``min_new_tokens``: stop ids are impossible below it (MinNewTokensLengthLogitsProcessor).
 2. Greedy (temperature 0): the highest logit, the lowest id among equals. Done.
@@ -12,7 +13,8 @@ generator, no state shared between rows. The steps, in order, and where they com
    likeliest (MinPLogitsWarper).
 4. Inverse CDF over the kept tokens in the order of their ids, in float64, with the one uniform of the position.
 
-Log-probabilities are those of the raw logits, before any of this.
+Log-probabilities are those of the raw logits, before any of this. Where a row's tokens are forced, none of it matters:
+the token is the one given for its position.
 
 Shape suffixes: R rows of the batch, S rows that sample, V vocabulary, K candidates.
 """
@@ -24,6 +26,7 @@ import torch
 
 from batchinfer.engine.nucleus import cut_top_p
 from batchinfer.engine.randomness import GOLDEN_GAMMA, MIX_1, MIX_2
+from batchinfer.engine.token_masks import TokenMasks
 from batchinfer.engine.upload import upload
 from batchinfer.records import SamplingParams, TokenLogprobs
 
@@ -60,6 +63,8 @@ class SamplerRow:
     stop_ids: tuple[int, ...]
     prompt_ids: Sequence[int]
     generated_ids: Sequence[int]
+    #: What the row takes, one per position, instead of what would be sampled; empty = it samples.
+    forced: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,22 +162,24 @@ class Sampler:
         elif self._seen_RV is not None:
             self._seen_RV = self._seen_RV[upload(order, torch.long, self._device)]
 
-    def sample(self, logits_RV: torch.Tensor) -> Sampled:
+    def sample(self, logits_RV: torch.Tensor, masks: TokenMasks | None = None) -> Sampled:
         """Draw each row's next token and advance its position by one. ``logits_RV`` is not changed."""
-        return self.launch(logits_RV).fetch()
+        return self.launch(logits_RV, masks).fetch()
 
-    def launch(self, logits_RV: torch.Tensor) -> "Drawn":
+    def launch(self, logits_RV: torch.Tensor, masks: TokenMasks | None = None) -> "Drawn":
         """As :meth:`sample`, without waiting for the device: ``fetch`` waits, and may come a step later."""
         if self._packed is None:
             self._packed = _Packed.pack(self._rows, self._positions, self._device)
         packed = self._packed
-        scores_RV = self._adjust(logits_RV, packed)
+        scores_RV = self._adjust(logits_RV if masks is None else masks.applied(logits_RV), packed)
         # The first of equals, as argmax gives, which takes four times as long over bfloat16 on a CPU.
         best_score_R, best_R = scores_RV.max(dim=-1)
         tokens_R = best_R
         if packed.drawn is not None:
             tokens_R = best_R.clone()
             tokens_R[packed.drawn] = self._draw(scores_RV, packed)
+        if packed.forced is not None:
+            tokens_R = packed.forced.put(tokens_R, packed.positions)
         if self._seen_RV is not None:
             self._seen_RV.scatter_(1, tokens_R[:, None], True)
         packed.positions.add_(1)
@@ -252,6 +259,28 @@ class Cuts:
 
 
 @dataclass(frozen=True, slots=True)
+class _Forced:
+    """Rows whose tokens are given, [F], and their tokens by position, [F, T], padded with zeros."""
+
+    rows: torch.Tensor
+    tokens_FT: torch.Tensor
+
+    @classmethod
+    def pack(cls, rows: Sequence[SamplerRow], device: torch.device) -> "_Forced | None":
+        forced = [(index, row.forced) for index, row in enumerate(rows) if row.forced]
+        if not forced:
+            return None
+        longest = max(len(tokens) for _, tokens in forced)
+        padded = [[*tokens, *[0] * (longest - len(tokens))] for _, tokens in forced]
+        return cls(upload([index for index, _ in forced], torch.long, device), upload(padded, torch.long, device))
+
+    def put(self, tokens_R: torch.Tensor, positions_R: torch.Tensor) -> torch.Tensor:
+        """``tokens_R`` with the forced rows' own tokens; a row beyond its last one gets anything."""
+        places_F1 = positions_R[self.rows][:, None].clamp(max=self.tokens_FT.shape[1] - 1)
+        return tokens_R.index_copy(0, self.rows, self.tokens_FT.gather(1, places_F1)[:, 0])
+
+
+@dataclass(frozen=True, slots=True)
 class _Packed:
     """The rows' parameters as tensors, made once per composition of the batch."""
 
@@ -269,6 +298,8 @@ class _Packed:
     scored: tuple[tuple[int, int], ...]
     scored_rows: torch.Tensor | None
     max_top_logprobs: int
+    #: None when every row samples.
+    forced: _Forced | None
 
     @classmethod
     def pack(cls, rows: Sequence[SamplerRow], positions: Sequence[int], device: torch.device) -> "_Packed":
@@ -290,6 +321,7 @@ class _Packed:
             scored=scored,
             scored_rows=upload([row for row, _ in scored], torch.long, device) if scored else None,
             max_top_logprobs=max((k for _, k in scored), default=0),
+            forced=_Forced.pack(rows, device),
         )
 
 

@@ -15,7 +15,8 @@ for one of lower rank, so the lowest never is, and all others give way to it. A 
 to a new token before it can be preempted again, which it does with the places it is admitted with. Waiting rows
 are admitted in a fixed order in which fewer than ``max_waiting_scan`` later arrivals overtake one (and those that
 start while its shared prefix is in prefill, which is given up once at most); while a row is short of places, nobody
-is admitted.
+is admitted. The next turn of a conversation whose KV is still there waits where its conversation waited, so what is
+said of arrivals is said of conversations then, each of which has so many turns and no more.
 """
 
 from collections.abc import Hashable, Iterator
@@ -25,12 +26,11 @@ from heapq import heappop, heappush
 from itertools import chain
 from operator import attrgetter
 
-from batchinfer.engine.arena import Arena, Holder
-from batchinfer.engine.forecast import Forecast, OutputLengths
-from batchinfer.engine.holders import NO_EXTENT, Phase, Prefix, Row
-from batchinfer.engine.prefixes import PrefixIndex
+from batchinfer.engine.arena import Reader
+from batchinfer.engine.forecast import OutputLengths
+from batchinfer.engine.holders import NO_EXTENT, Phase, Row
+from batchinfer.engine.room import Room
 from batchinfer.engine.scheduler_limits import Counters, Limits
-from batchinfer.engine.shared_prefixes import SharedPrefixes
 from batchinfer.engine.step_plan import DecodeRow, PrefillChunk, StepPlan
 
 _rank = attrgetter("rank")
@@ -46,11 +46,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits, holders: Iterator[int], lengths: OutputLengths | None = None) -> None:
         self.limits = limits
-        self._arena = Arena(limits.num_places, limits.granule)
-        index = PrefixIndex(limits.prefix_block, limits.min_prefix_tokens, limits.min_prefix_rows)
-        self._prefixes = SharedPrefixes(index, self._arena, holders)
-        self._forecast = Forecast(lengths or OutputLengths(limits.prior_output_tokens))
-        self._reserved = int(limits.reserve * self._arena.num_places)
+        self._room = Room(limits, holders, lengths or OutputLengths(limits.prior_output_tokens))
         self._rows: dict[int, Row] = {}
         self._line: list[tuple[tuple[int, int, int], Row]] = []
         self._prefill: dict[int, Row] = {}
@@ -61,9 +57,6 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_admitted = 0
         self._num_preemptions = 0
-        self._num_prefix_hits = 0
-        self._num_growths = 0
-        self._num_copied_places = 0
         self._num_chunked_prefills = 0
 
     @property
@@ -72,13 +65,16 @@ class Scheduler:
         return Counters(
             num_waiting=len(self._rows) - num_running,
             num_running=num_running,
-            num_places_used=self._arena.num_used,
+            num_places_used=self._room.num_used,
             num_preemptions=self._num_preemptions,
-            num_prefixes=self._prefixes.num_made,
-            num_prefix_hits=self._num_prefix_hits,
-            num_growths=self._num_growths,
-            num_copied_places=self._num_copied_places,
+            num_prefixes=self._room.prefixes.num_made,
+            num_prefix_hits=self._room.num_prefix_hits,
+            num_growths=self._room.num_growths,
+            num_copied_places=self._room.num_copied_places,
             num_chunked_prefills=self._num_chunked_prefills,
+            num_kept_hits=self._room.num_kept_hits,
+            num_kept_tokens=self._room.num_kept_tokens,
+            num_kept_evicted=self._room.kept.num_evicted,
         )
 
     @property
@@ -93,7 +89,7 @@ class Scheduler:
         """How many tokens such a sequence can be given: ``max_new_tokens``, or less where its KV would outgrow the
         arena even if it had it alone. Raises ValueError if the prompt and one more token do not fit.
         """
-        num_places = self._arena.num_places
+        num_places = self._room.num_places
         if num_prompt_tokens + 1 > num_places:
             raise ValueError(
                 f"a prompt of {num_prompt_tokens} tokens and one new token need {num_prompt_tokens + 1} places, but "
@@ -109,12 +105,16 @@ class Scheduler:
         max_new_tokens: int,
         family: Hashable,
         num_generated: int = 0,
+        *,
+        keeps: bool = False,
+        continues: int | None = None,
     ) -> int:
         """A sequence waits. Rows of one ``family`` have the same prompt. The prompt must not change afterwards.
 
-        ``num_generated`` tokens of the ``max_new_tokens`` it has already: they are read with its prompt. Returns what
-        it can be given (see :meth:`fitting`); after so many it is not planned any more. Raises ValueError where
-        ``fitting`` does, for an empty prompt, for a sequence that has all its tokens, and for a number in use.
+        ``num_generated`` tokens of the ``max_new_tokens`` it has already: they are read with its prompt. With ``keeps``
+        its KV is kept when it has finished, for the sequence that ``continues`` it: that one reads only what is new.
+        Returns what it can be given (see :meth:`fitting`); after so many it is not planned any more. Raises ValueError
+        where ``fitting`` does, for an empty prompt, for a sequence that has all its tokens, and for a number in use.
         """
         if not prompt or max_new_tokens < 1:
             raise ValueError(
@@ -127,27 +127,34 @@ class Scheduler:
             raise ValueError(f"sequence {sequence} was added already")
         num_tokens = len(prompt) + num_generated
         turn = (self._num_arrivals // self.limits.max_waiting_scan, -num_tokens, self._num_arrivals)
+        row = Row(sequence, prompt, family, num_tokens, len(prompt) + fitting, turn, keeps=keeps, continues=continues)
+        kept = self._room.kept.claim(row)
+        if kept is not None:
+            row.turn = (*kept.turn[:2], self._num_arrivals)
         self._num_arrivals += 1
-        row = Row(sequence, prompt, family, num_tokens, len(prompt) + fitting, turn)
         self._rows[sequence] = row
         self._wait(row)
         return fitting
 
-    def finish(self, sequence: int) -> None:
-        """It stopped. Its places may be used by the next plan. Raises KeyError for an unknown sequence."""
-        self._forecast.observe(self._rows[sequence].num_generated)
-        self.abort(sequence)
+    def finish(self, sequence: int, token_ids: SequenceOf[int] = ()) -> None:
+        """It stopped. Its places may be used by the next plan. Raises KeyError for an unknown sequence.
+
+        One that keeps its KV comes with all its tokens, prompt and generated ones; without them nothing is kept.
+        """
+        row = self._rows[sequence]
+        self._room.observe(row.num_generated)
+        self._room.leave(row, keeps=row.keeps)
+        self._room.kept.complete(sequence, token_ids)
+        self._forget(row)
 
     def abort(self, sequence: int) -> None:
         """It is not wanted any more, wherever it stands; its length tells nothing. Otherwise as ``finish``."""
-        row = self._rows.pop(sequence)
-        if row.phase is Phase.WAITING:
-            self._prefixes.row_leaves(row)
-        else:
-            self._leave_arena(row)
-            self._members[row.phase].pop(sequence)
-        row.phase = Phase.GONE
-        self._prefixes.drop_unwanted()
+        self._forget(self._rows[sequence])
+        self._room.kept.drop(sequence)
+
+    def drop_kept(self, sequence: int) -> None:
+        """No sequence will continue this one, which has finished; nothing happens if its KV is gone already."""
+        self._room.kept.drop(sequence)
 
     def allow(self, max_rows: int, max_step_tokens: int) -> None:
         """From the next plan on so many rows and tokens a step; not fewer than before, as rows may be running."""
@@ -162,7 +169,7 @@ class Scheduler:
         row = self._rows.get(holder)
         if row is not None:
             return holder, row.num_tokens
-        prefix = self._prefixes[holder]
+        prefix = self._room.prefixes[holder]
         return prefix.founder.sequence, prefix.length
 
     def plan(self) -> StepPlan | None:
@@ -171,7 +178,7 @@ class Scheduler:
         preempted = self._grow()
         decoding = [row for row in self._decode.values() if row.num_tokens <= row.room]
         num_short = len(self._decode) - len(decoding)
-        prefilling: list[Holder] = [*self._prefixes.in_prefill, *sorted(self._prefill.values(), key=_rank)]
+        prefilling: list[Reader] = [*self._room.prefixes.in_prefill, *sorted(self._prefill.values(), key=_rank)]
         budget = self.limits.max_step_tokens - len(decoding)
         # Nobody joins while a row is short of places; and a preempted one is prefilled in a later plan.
         if not preempted and num_short == 0:
@@ -179,30 +186,20 @@ class Scheduler:
         if not decoding and not prefilling:
             return None
         # From here on nothing moves any more.
-        copies = self._arena.take_copies()
-        self._num_copied_places += sum(copy.num_tokens for copy in copies)
+        copies = self._room.take_copies()
         return StepPlan(copies, self._plan_decode(decoding), self._plan_prefill(prefilling, budget), tuple(preempted))
 
     def check(self) -> None:
         """Assert that everything derived agrees with the rows and that every place is accounted for. For tests."""
-        self._arena.check()
-        users: dict[int, int] = {}
+        self._room.check(tuple(self._rows.values()))
         for row in self._rows.values():
-            if row.prefix is not None:
-                assert self._prefixes[row.prefix.holder] is row.prefix
-                users[row.prefix.holder] = users.get(row.prefix.holder, 0) + 1
             in_arena = row.extent is not NO_EXTENT
-            assert in_arena or row.prefix is None
             assert in_arena == (row.phase in (Phase.PREFILL, Phase.DECODE)) or row in self._ending
             assert row.phase is not Phase.GONE
-            assert not in_arena or row.room == row.prefix_length + row.extent.capacity
             assert row.num_tokens <= row.max_tokens
             assert (row.phase is Phase.COMPLETE) == (row.num_tokens == row.max_tokens)
             for phase, members in self._members.items():
                 assert (row.sequence in members) == (row.phase is phase)
-        self._prefixes.check(users)
-        own_places = sum(row.extent.capacity for row in self._rows.values())
-        assert self._arena.num_used == own_places + self._prefixes.num_places
         assert sum(len(members) for members in self._members.values()) == self._num_running
         in_line = sorted(row.sequence for _, row in self._line if row.phase is Phase.WAITING)
         assert in_line == sorted(row.sequence for row in self._rows.values() if row.phase is Phase.WAITING)
@@ -210,37 +207,25 @@ class Scheduler:
 
     def _begin_step(self) -> None:
         self._step += 1
-        self._forecast.advance(self._step)
+        self._room.begin_step(self._step)
         for row in self._ending:
-            self._leave_arena(row)
+            # Its last token may be on its way still: what is kept is complete when ``finish`` has told of it.
+            self._room.leave(row, keeps=row.keeps)
         self._ending.clear()
-        self._prefixes.advance()
+        self._room.prefixes.advance()
 
     def _grow(self) -> list[int]:
         """Room for the KV of every decoding row's newest token, the oldest first; who was preempted for it."""
         preempted: list[int] = []
         needing = [row for row in self._decode.values() if row.num_tokens > row.room]
         for row in sorted(needing, key=_rank):
-            while row.phase is Phase.DECODE and not self._grow_row(row):
-                if self._prefixes.evict():
-                    continue
+            while row.phase is Phase.DECODE and not self._room.grow(row):
                 victim = self._newest_after(row.rank)
                 if victim is None:
                     break
                 self._preempt(victim)
                 preempted.append(victim.sequence)
         return preempted
-
-    def _grow_row(self, row: Row) -> bool:
-        """With headroom if there are places for it, else as little as it takes; False if not even that is free."""
-        num_places = row.own_places(self.limits.growth_tokens)
-        if not self._arena.can_grow(row, num_places):
-            num_places = row.own_places(0)
-            if not self._arena.can_grow(row, num_places):
-                return False
-        self._arena.grow(row, num_places)
-        self._num_growths += 1
-        return True
 
     def _newest_after(self, rank: int) -> Row | None:
         rows = [
@@ -257,7 +242,7 @@ class Scheduler:
         row.turn = (-1, row.rank, 0)
         # It waits before it leaves its prefix, so that the prefix, which it will want again, is not dropped.
         self._wait(row)
-        self._leave_arena(row)
+        self._room.leave(row)
 
     def _plan_decode(self, rows: list[Row]) -> tuple[DecodeRow, ...]:
         planned = [row.next_decode() for row in rows]
@@ -266,7 +251,7 @@ class Scheduler:
                 self._completed(row)
         return tuple(planned)
 
-    def _plan_prefill(self, holders: list[Holder], budget: int) -> tuple[PrefillChunk, ...]:
+    def _plan_prefill(self, holders: list[Reader], budget: int) -> tuple[PrefillChunk, ...]:
         """What was in prefill before goes first, and prefixes before rows, as rows wait for them."""
         chunks: list[PrefillChunk] = []
         for holder in holders:
@@ -291,18 +276,19 @@ class Scheduler:
         self._complete[row.sequence] = row
         self._ending.append(row)
 
-    def _admit(self, budget: int) -> list[Holder]:
+    def _admit(self, budget: int) -> list[Reader]:
         """Start waiting rows in their order while there is room for what they are expected to become.
 
         Rows whose prefix is still in prefill are passed over: that is a matter of a step or few.
         """
-        started: list[Holder] = []
+        started: list[Reader] = []
         passed_over: list[Row] = []
         while budget > 0 and self._line and self._num_running < self.limits.max_rows:
             row = heappop(self._line)[1]
             if row.phase is not Phase.WAITING:
                 continue
-            prefix = self._prefix_for(row)
+            kept = self._room.kept.of(row)
+            prefix = self._room.prefix_for(row) if kept is None else None
             if prefix is not None and not prefix.is_ready:
                 passed_over.append(row)
                 if prefix.founder is row and not prefix.num_prefilled:
@@ -311,80 +297,38 @@ class Scheduler:
                 if len(passed_over) < self.limits.max_waiting_scan:
                     continue
                 break
-            if not self._start(row, prefix):
+            if not self._room.start(row, prefix, kept):
                 passed_over.append(row)
                 break
+            self._started(row)
             started.append(row)
             budget -= row.num_unread
         for row in passed_over:
             heappush(self._line, (row.turn, row))
         return started
 
-    def _prefix_for(self, row: Row) -> Prefix | None:
-        """The prefix to share, made if it is missing and there is room for it."""
-        stem = self._prefixes.best_stem(row)
-        if stem is None:
-            return None
-        if stem.holder is not None:
-            return self._prefixes[stem.holder]
-        if not self._is_affordable(self._forecast.peak(), stem.length):
-            return None
-        return self._prefixes.make(stem, row)
-
-    def _is_affordable(self, expected_places: int, num_more: int) -> bool:
-        """Whether ``num_more`` places can go now, and what the running rows are expected to need will fit then."""
-        capacity = self._arena.round_up(num_more)
-        num_places = max(self._arena.num_used, self._prefixes.num_places + expected_places) + capacity
-        return num_places <= self._arena.num_places - self._reserved
-
-    def _start(self, row: Row, prefix: Prefix | None) -> bool:
-        """Give a waiting row its extent and its rank; False (and no change) if it is not expected to fit.
-
-        With nothing but prefixes in the arena a row always starts: beside its own prefix it has room for its full
-        length (see ``SharedPrefixes.best_stem``), and without one ``add`` refused it if it could not fit.
-        """
-        row.prefix = prefix
-        num_places = row.own_places(self.limits.growth_tokens)
-        on_average = row.own_places(self.limits.growth_tokens // 2)
-        self._forecast.add(row.sequence, self._step, on_average, row.num_generated, row.max_tokens - row.num_tokens)
-        if not (self._is_affordable(self._forecast.peak(), 0) and self._is_affordable(0, num_places)):
-            if not self._only_prefixes_are_held:
-                self._forecast.remove(row.sequence)
-                row.prefix = None
-                return False
-            num_places = row.own_places(1)
-            while self._arena.round_up(num_places) > self._arena.num_free:
-                self._prefixes.evict(kept=prefix)
-        self._prefixes.row_leaves(row)
-        if prefix is not None:
-            self._prefixes.use(prefix)
-            self._num_prefix_hits += 1
+    def _started(self, row: Row) -> None:
         if row.rank < 0:
             row.rank = self._num_admitted
             self._num_admitted += 1
-        self._arena.settle(row, num_places)
-        row.num_prefilled = row.prefix_length
         row.num_tokens_when_admitted = row.num_tokens
         row.phase = Phase.PREFILL
         self._prefill[row.sequence] = row
-        return True
-
-    @property
-    def _only_prefixes_are_held(self) -> bool:
-        """No row owns places, and none is about to use a prefix still in prefill."""
-        return self._arena.num_used == self._prefixes.num_places and not self._prefixes.in_prefill
 
     def _wait(self, row: Row) -> None:
         row.phase = Phase.WAITING
-        self._prefixes.row_waits(row)
+        self._room.prefixes.row_waits(row)
         heappush(self._line, (row.turn, row))
 
-    def _leave_arena(self, row: Row) -> None:
-        """Give places and prefix back; may be repeated."""
-        if row.extent is NO_EXTENT:
-            return
-        self._arena.release(row)
-        self._forecast.remove(row.sequence)
-        prefix, row.prefix = row.prefix, None
-        if prefix is not None:
-            self._prefixes.leave(prefix)
+    def _forget(self, row: Row) -> None:
+        """It is gone, wherever it stands, and so is the KV that it waited to go on behind."""
+        del self._rows[row.sequence]
+        if row.phase is Phase.WAITING:
+            self._room.prefixes.row_leaves(row)
+        else:
+            self._room.leave(row)
+            self._members[row.phase].pop(row.sequence)
+        row.phase = Phase.GONE
+        if row.continues is not None:
+            self._room.kept.drop(row.continues)
+        self._room.prefixes.drop_unwanted()

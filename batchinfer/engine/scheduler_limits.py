@@ -53,6 +53,10 @@ class Counters:
     num_growths: int
     num_copied_places: int
     num_chunked_prefills: int
+    #: Turns that went on behind kept KV, their tokens that have it, and kept KV that had to make room.
+    num_kept_hits: int = 0
+    num_kept_tokens: int = 0
+    num_kept_evicted: int = 0
 
     def after(self, earlier: "Counters") -> "Counters":
         """The running totals with those of an earlier scheduler, whose sequences this one took over."""
@@ -64,4 +68,7 @@ class Counters:
             num_growths=self.num_growths + earlier.num_growths,
             num_copied_places=self.num_copied_places + earlier.num_copied_places,
             num_chunked_prefills=self.num_chunked_prefills + earlier.num_chunked_prefills,
+            num_kept_hits=self.num_kept_hits + earlier.num_kept_hits,
+            num_kept_tokens=self.num_kept_tokens + earlier.num_kept_tokens,
+            num_kept_evicted=self.num_kept_evicted + earlier.num_kept_evicted,
         )

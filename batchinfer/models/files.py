@@ -23,6 +23,7 @@ __all__ = [
     "model_type",
     "read_config",
     "read_generation_config",
+    "vocab_size",
     "weight_files",
 ]
 
@@ -118,6 +119,16 @@ def max_model_len(config: Mapping[str, object], asked: int | None = None) -> int
             "it out"
         )
     return asked if asked is not None else limit or 0
+
+
+def vocab_size(config: Mapping[str, object]) -> int | None:
+    """Number of the model's token ids; None where ``config.json`` leaves it to the family's own default."""
+    size = config.get("vocab_size")
+    if isinstance(size, int):
+        return size
+    if isinstance(text_config := config.get("text_config"), Mapping):
+        return vocab_size(text_config)
+    return 102400 if config.get("model_type") == EXAONE3 else None  # ExaoneConfig's
 
 
 def check_model_files(directory: Path, *, needs_tokenizer: bool) -> None:

@@ -18,7 +18,7 @@ from batchinfer.models.architecture import check_architecture
 from batchinfer.models.exaone import EXAONE3, KEY_MAPPING, llama_config_values
 from batchinfer.models.files import check_model_files, read_config, read_generation_config, weight_files
 
-__all__ = ["DTYPES", "LoadedModel", "ModelFacts", "check_device", "load_model", "read_facts"]
+__all__ = ["DTYPES", "LoadedModel", "ModelFacts", "check_device", "load_model", "native_config", "read_facts"]
 
 #: ``model.dtype`` -> torch's.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,7 +68,7 @@ def read_facts(directory: Path, *, max_model_len: int | None = None) -> ModelFac
     config = read_config(directory)
     check_architecture(config)
     return ModelFacts(
-        config=_native_config(directory, config),
+        config=native_config(directory, config),
         weight_files=weight_files(directory),
         key_mapping=KEY_MAPPING if config["model_type"] == EXAONE3 else {},
         eos_token_ids=_eos_token_ids(directory, config),
@@ -117,7 +117,7 @@ def load_model(directory: Path, *, dtype: str, device: str, max_model_len: int |
     )
 
 
-def _native_config(directory: Path, config: Mapping[str, object]) -> PreTrainedConfig:
+def native_config(directory: Path, config: Mapping[str, object]) -> PreTrainedConfig:
     """transformers' configuration of the model; raises ModelError where transformers cannot read it."""
     if config["model_type"] == EXAONE3:
         llama_values: dict[str, Any] = llama_config_values(config)

@@ -1,7 +1,7 @@
 """From ``model.path`` to a local directory: a directory as it is, a hub id or a URI downloaded once per node.
 
 Hub models go through huggingface_hub and its cache (``HF_HOME``). URIs are fetched by a function the caller
-passes in, into ``$BATCHINFER_CACHE`` (default ``~/.cache/batchinfer``), where the locks of both live.
+passes in, into :func:`cache_directory`, where the locks of both live.
 """
 
 import fcntl
@@ -56,8 +56,9 @@ class Preflight:
 
 
 def cache_directory() -> Path:
-    """``$BATCHINFER_CACHE``, or ``~/.cache/batchinfer``; not created here."""
-    return Path(os.environ.get("BATCHINFER_CACHE") or "~/.cache/batchinfer").expanduser()
+    """``$BATCHINFER_CACHE``, or ``batchinfer`` in ``$XDG_CACHE_HOME`` (``~/.cache``); not created here."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("BATCHINFER_CACHE") or f"{home}/batchinfer").expanduser()
 
 
 def locate_model(path: str, revision: str | None = None, *, fetch: Fetch | None = None) -> Path:

@@ -63,6 +63,8 @@ class ChatTemplate:
         self._environment.globals["raise_exception"] = _raise_exception
         self._environment.globals["strftime_now"] = _strftime_now
         self._variables = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **_plain_dict(variables)}
+        #: Variables that a row must not set.
+        self._reserved = frozenset({"tools", "documents", *tokenizer.special_tokens_map})
         try:
             self._template, _ = self._environment.bounded(self.source)
         except TemplateSyntaxError as error:
@@ -71,12 +73,16 @@ class ChatTemplate:
         except SecurityError as error:
             raise ModelError(f"the model's chat template cannot be used: {error}; correct the model's files") from error
 
-    def render(self, messages: list[Message]) -> str:
-        """The text up to where the model begins.
+    def render(self, messages: list[Message], variables: Mapping[str, object] | None = None) -> str:
+        """The text up to where the model begins. ``variables`` are the row's own, over the job's.
 
         A last message of the assistant is continued: the text ends in its words, without an end of turn. Raises
-        RowRejected: template_error, too_long, bad_messages (nothing to continue).
+        RowRejected: template_error, too_long, bad_messages (nothing to continue), unsupported_field (a variable that
+        is not the row's to set).
         """
+        reserved = sorted(self._reserved & (variables or {}).keys())
+        if reserved:
+            raise RowRejected("unsupported_field", f"chat_template_kwargs: {reserved[0]} is not the request's to set")
         chat = [_with_reasoning(_plain_dict(message)) for message in messages]
         continues = chat[-1]["role"] == "assistant"
         words = chat[-1].get("content")
@@ -86,7 +92,8 @@ class ChatTemplate:
             chat[-1]["content"] = words + _END_OF_WORDS
         try:
             text = self._environment.render(
-                self._template, {**self._variables, "messages": chat, "add_generation_prompt": not continues}
+                self._template,
+                {**self._variables, **(variables or {}), "messages": chat, "add_generation_prompt": not continues},
             )
         except RowRejected:
             raise

@@ -1,16 +1,20 @@
 """Which columns a job's prompts read, and whether their Arrow types fit. Needs no tokenizer and no rows."""
 
 import difflib
+from collections.abc import Iterable
 
 import pyarrow as pa
 from pyarrow import types
 
 from batchinfer.errors import InputError
+from batchinfer.prompts.request import METHOD_COLUMN, URL_COLUMN
+from batchinfer.prompts.sampling_template import SamplingTemplate
 from batchinfer.prompts.template import RowTemplate
 from batchinfer.spec import PromptSpec, SamplingSpec
 
 _MESSAGES_TYPE = "list<struct<role: string, content: string>>"
 _INTEGER, _NUMBER, _BOOL, _TEXTS, _INTEGERS = "integer", "number", "bool", "list<string>", "list<integer>"
+_TEXT = "string"
 #: Every field of SamplingSpec, with the type its override needs. An integer may arrive as a float: that is what
 #: pandas makes of an integer column with nulls.
 SAMPLING_TYPES = {
@@ -27,6 +31,9 @@ SAMPLING_TYPES = {
     "stop_token_ids": _INTEGERS,
     "ignore_eos": _BOOL,
     "logprobs": _INTEGER,
+    "choices": _TEXTS,
+    "json_schema": _TEXT,
+    "regex": _TEXT,
 }
 
 
@@ -42,8 +49,48 @@ def required_columns(prompt: PromptSpec) -> tuple[str, ...]:
     if prompt.template is not None:
         sources = RowTemplate(prompt.template).columns
     else:
-        sources = tuple(name for name in (prompt.text, prompt.messages, prompt.token_ids) if name is not None)
-    return tuple(dict.fromkeys((*sources, *((prompt.sampling_column,) if prompt.sampling_column else ()))))
+        named = (prompt.text, prompt.messages, prompt.token_ids, prompt.turns, prompt.request)
+        sources = tuple(name for name in named if name is not None)
+    if prompt.sampling_column is not None:
+        sources += (prompt.sampling_column,)
+    if prompt.sampling_template is not None:
+        sources += SamplingTemplate(prompt.sampling_template).columns
+    return tuple(dict.fromkeys(sources))
+
+
+def columns_to_deliver(prompt: PromptSpec, schemas: Iterable[pa.Schema]) -> tuple[str, ...]:
+    """The required columns, and those that a request obeys where any of these schemas has them."""
+    columns = required_columns(prompt)
+    if prompt.request is not None:
+        present = {name for schema in schemas for name in schema.names}
+        columns += tuple(name for name in (URL_COLUMN, METHOD_COLUMN) if name in present and name not in columns)
+    return columns
+
+
+def json_text_columns(prompt: PromptSpec) -> tuple[str, ...]:
+    """Columns that prompts read as JSON text, so that JSON Lines are to keep them as they are."""
+    return () if prompt.request is None else (prompt.request,)
+
+
+def expected_types(prompt: PromptSpec) -> dict[str, pa.DataType]:
+    """The types that columns should have, for inputs that leave a choice: JSON Lines, where each row has its own."""
+    text, message = pa.string(), pa.struct([("role", pa.string()), ("content", pa.string())])
+    sources = (
+        (prompt.text, text),
+        (prompt.messages, pa.list_(message)),
+        (prompt.turns, pa.list_(text)),
+        (prompt.token_ids, pa.list_(pa.int64())),
+        (prompt.sampling_column, pa.struct([])),
+    )
+    return {name: type_ for name, type_ in sources if name is not None}
+
+
+def scores_choices(prompt: PromptSpec, sampling: SamplingSpec, schema: pa.Schema) -> bool:
+    """Whether rows of this schema may have choices to score, so that the job adds the column of their scores."""
+    if sampling.choices or prompt.sampling_column is None or prompt.sampling_column not in schema.names:
+        return bool(sampling.choices)
+    overrides = schema.field(prompt.sampling_column).type
+    return isinstance(overrides, pa.StructType) and overrides.get_field_index("choices") >= 0
 
 
 def check_schema(prompt: PromptSpec, sampling: SamplingSpec, schema: pa.Schema, where: str = "the input") -> None:
@@ -66,6 +113,10 @@ def check_schema(prompt: PromptSpec, sampling: SamplingSpec, schema: pa.Schema, 
         raise _wrong_type(where, schema, "prompt.messages", prompt.messages, _MESSAGES_TYPE)
     if prompt.token_ids is not None and not _fits(schema.field(prompt.token_ids).type, _INTEGERS):
         raise _wrong_type(where, schema, "prompt.token_ids", prompt.token_ids, _INTEGERS)
+    if prompt.turns is not None and not _fits(schema.field(prompt.turns).type, _TEXTS):
+        raise _wrong_type(where, schema, "prompt.turns", prompt.turns, _TEXTS)
+    if prompt.request is not None and not _is_request(schema.field(prompt.request).type):
+        raise _wrong_type(where, schema, "prompt.request", prompt.request, "string (JSON text) or a struct")
     if prompt.sampling_column is not None:
         _check_sampling_struct(sampling, schema, prompt.sampling_column, where)
 
@@ -107,6 +158,8 @@ def _fits(found: pa.DataType, expected: str) -> bool:
         return types.is_integer(found) or types.is_floating(found)
     if expected == _BOOL:
         return types.is_boolean(found)
+    if expected == _TEXT:
+        return _is_text(found)
     item = _item_type(found)
     if item is None:
         return False
@@ -121,6 +174,10 @@ def _is_text(found: pa.DataType) -> bool:
     return bool(
         types.is_string(found) or types.is_large_string(found) or types.is_string_view(found) or types.is_null(found)
     )
+
+
+def _is_request(found: pa.DataType) -> bool:
+    return isinstance(found, pa.StructType) or _is_text(found)
 
 
 def _is_messages(found: pa.DataType) -> bool:

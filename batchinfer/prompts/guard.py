@@ -50,10 +50,11 @@ class PromptGuard:
         self._rule = rule
         self._tokens = ControlTokens(tokenizer, framing)
 
-    def text(self, row: Row, render: Callable[[Row], str]) -> RowText:
+    def text(self, row: Row, render: Callable[[Row], str], *, may_reject: bool = True) -> RowText:
         """``render(row)`` with the row's own strings escaped. ``render`` is called up to four times.
 
-        Raises what ``render`` raises, and RowRejected: control_tokens; bad_messages for a role that is no word.
+        Without ``may_reject`` a rule to reject escapes: for strings that the row is not to blame for. Raises what
+        ``render`` raises, and RowRejected: control_tokens; bad_messages for a role that is no word.
         """
         if self._rule == "allow":
             return RowText(render(row))
@@ -63,7 +64,7 @@ class PromptGuard:
         if not any(map(tokens.is_suspicious, own)):
             return RowText(render(row))
         found = next(filter(None, map(tokens.first_in, own)), None)
-        if found is not None and self._rule == "reject":
+        if found is not None and self._rule == "reject" and may_reject:
             raise RowRejected("control_tokens", f"the row holds the control token {found!r}")
         if found is not None:
             return self._escaped(row, render, keeps_text=not any(map(holds_private_characters, own)))

@@ -24,18 +24,18 @@ class _Environment(BoundedEnvironment):
 
 
 class RowTemplate:
-    """A compiled template. Raises SpecError, with the template's own line, for one that cannot work."""
+    """A compiled template. Raises SpecError, with ``key`` and the template's own line, for one that cannot work."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, key: str = "prompt.template") -> None:
         self._environment = _Environment(undefined=StrictUndefined)
         try:
             self._template, tree = self._environment.bounded(source)
         except TemplateSyntaxError as error:
-            raise SpecError(f"prompt.template: line {error.lineno} of the template: {error.message}") from error
+            raise SpecError(f"{key}: line {error.lineno} of the template: {error.message}") from error
         except SecurityError as error:
-            raise SpecError(f"prompt.template: {error}; write a simpler one") from error
+            raise SpecError(f"{key}: {error}; write a simpler one") from error
         if next(meta.find_referenced_templates(tree), "") != "":
-            raise SpecError("prompt.template: include, import and extends are not available; write it as one template")
+            raise SpecError(f"{key}: include, import and extends are not available; write it as one template")
         #: As the job file has it.
         self.source = source
         #: Every column the template may read, whichever way it runs; sorted.

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from batchinfer.report.event_values import integer_of as _integer
+from batchinfer.report.event_values import number_of as _number
+from batchinfer.report.event_values import text_of as _text
 from batchinfer.storage.events import Event
 
 __all__ = ["Bucket", "ReplicaLife", "RunHistory", "RunSummary", "Series", "fold"]
@@ -111,6 +114,11 @@ class RunSummary:
     num_completion_tokens: int = 0
     num_replicas_died: int = 0
     num_unit_failures: int = 0
+    num_completions: int = 0
+    #: Completions that are amiss, by kind.
+    quality: Counter[str] = field(default_factory=Counter)
+    #: Why it began to drain: signal, quality, deadline, gpu_hours; empty where it did not.
+    stop_reason: str = ""
     last_event_at: str = ""
     last_event: str = ""
 
@@ -200,6 +208,7 @@ class _Folding:
                 run.num_unit_failures += 1
                 self._failed(event, time_s)
             case "run_finished" | "run_stopped":
+                run.stop_reason = _text(event, "reason") or run.stop_reason
                 run.outcome = _text(event, "outcome") or _text(event, "reason") or str(kind)
                 run.error = _text(event, "error")
 
@@ -216,6 +225,9 @@ class _Folding:
         rows, prompt_tokens = _integer(event, "num_rows"), _integer(event, "num_prompt_tokens")
         tokens = _integer(event, "num_completion_tokens")
         run.num_units += 1
+        run.num_completions += _integer(event, "num_completions")
+        if isinstance(quality := event.get("quality"), dict):
+            run.quality.update({kind: number for kind, number in quality.items() if isinstance(number, int)})
         run.num_rows += rows
         run.num_prompt_tokens += prompt_tokens
         run.num_completion_tokens += tokens
@@ -262,18 +274,3 @@ class _Folding:
         self.history.failures_by_cause[error.partition(":")[0]] += 1
         if len(self.history.failures) < MAX_KEPT:
             self.history.failures.append((time_s, _integer(event, "replica"), error))
-
-
-def _text(event: Event, name: str) -> str:
-    value = event.get(name)
-    return "" if value is None else str(value)
-
-
-def _integer(event: Event, name: str) -> int:
-    value = event.get(name)
-    return value if isinstance(value, int) else 0
-
-
-def _number(event: Event, name: str) -> float:
-    value = event.get(name)
-    return float(value) if isinstance(value, (int, float)) else 0.0

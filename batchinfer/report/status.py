@@ -1,6 +1,6 @@
 """What an output says of itself: how far it is, who holds it, how its last run went, its first rows."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.errors import OutputError
 from batchinfer.report.run_history import RunHistory, fold
+from batchinfer.report.run_now import RunNow, RunWatch
 from batchinfer.storage.dead_letters import look_at_dead_letters
 from batchinfer.storage.events import read_events
 from batchinfer.storage.filesystem import StorageOptions, locate
@@ -39,6 +40,11 @@ class LastRun:
     num_completion_tokens: int
     num_replicas_died: int
     num_unit_failures: int
+    num_completions: int = 0
+    #: Of its completions, those that are amiss by kind.
+    quality: dict[str, int] = field(default_factory=dict)
+    #: Why it began to drain: signal, quality, deadline, gpu_hours; empty where it did not.
+    stop_reason: str = ""
 
     @property
     def completion_tokens_per_s(self) -> float:
@@ -75,6 +81,10 @@ class Status:
     num_dead_letters: int
     holder: Holder | None
     last_run: LastRun | None
+    #: As far as events tell: what is missing up to ``num_dead_letters`` is of unknown cause.
+    dead_letters_by_type: dict[str, int] = field(default_factory=dict)
+    #: The holder's run as it goes on; None when nobody works on the output.
+    run_now: RunNow | None = None
 
     def as_json(self) -> dict[str, object]:
         """For ``--json``: plain values only."""
@@ -86,12 +96,20 @@ def read_status(output_path: str, storage_options: StorageOptions | None = None)
 
     Raises OutputError when there is no job, StorageUnavailable when the storage does not answer.
     """
-    output = locate(output_path, storage_options)
-    return status_of(output, fold(read_events(output)))
+    output, watch = locate(output_path, storage_options), RunWatch()
+    status = status_of(output, fold(watch.watching(read_events(output))))
+    holder, last = status.holder, status.last_run
+    # A holder that is still loading has written no event yet; those of the run before say nothing of it.
+    is_told_of = holder is not None and last is not None and holder.run_id == last.run_id
+    return replace(
+        status,
+        dead_letters_by_type=watch.dead_letters_by_type(),
+        run_now=watch.now(status.num_rows - status.num_rows_committed) if is_told_of else None,
+    )
 
 
 def status_of(output: Location, history: RunHistory) -> Status:
-    """As :func:`read_status`, for events that have been read."""
+    """As :func:`read_status`, for events that have been read; without what is true of this moment only."""
     holder = _holder(output)
     job, plan = read_job(output), read_plan(output)
     if job is None or plan is None:
@@ -168,4 +186,7 @@ def _last_run(history: RunHistory) -> LastRun | None:
         num_completion_tokens=run.num_completion_tokens,
         num_replicas_died=run.num_replicas_died,
         num_unit_failures=run.num_unit_failures,
+        num_completions=run.num_completions,
+        quality=dict(run.quality),
+        stop_reason=run.stop_reason,
     )

@@ -49,6 +49,7 @@ _PERMANENT_OS_ERRORS = (
 #: Client libraries whose own exceptions fsspec lets through.
 _CLIENT_LIBRARIES = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3"}
+    | {"httpcore2", "httpx2", "huggingface_hub"}
 )
 _RETRYABLE_STATUS = frozenset({408, 425, 429})
 _NO_SPACE_STATUS = 507
@@ -64,6 +65,20 @@ _NO_SPACE_CODES = frozenset(
 )
 #: Final whatever their status says: the caller's mistake, or an answer that gcsfs has given up on.
 _PERMANENT_NAMES = frozenset({"InvalidURL", "NonRetryableError", "ParamValidationError"})
+#: What huggingface_hub raises, some of it as the cause of a FileNotFoundError, and the way out.
+_HUB_PROBLEMS = {
+    "GatedRepoError": "the repository is gated; ask for access on its hub page, and set HF_TOKEN to a token of that "
+    "account",
+    "DisabledRepoError": "the hub has disabled the repository",
+    "RepositoryNotFoundError": "no such repository on the hub, or a private one; check the spelling, or set HF_TOKEN "
+    "to a token of an account that may read it",
+    "RevisionNotFoundError": "the repository has no such revision; check what is behind the @",
+    "RemoteEntryNotFoundError": "no such file in the repository",
+    "BucketNotFoundError": "no such bucket on the hub, or a private one; check the spelling, or set HF_TOKEN",
+    "HFValidationError": "no id of a repository; data sets are hf://datasets/<namespace>/<name>[@<revision>]/<path>",
+    "HfUriError": "no path on the hub; those of data sets are hf://datasets/<namespace>/<name>[@<revision>]/<path>",
+    "OfflineModeIsEnabled": "the hub client is told to be offline; unset HF_HUB_OFFLINE, or give the path of a copy",
+}
 
 
 def is_storage_error(error: BaseException) -> bool:
@@ -75,7 +90,7 @@ def is_storage_error(error: BaseException) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may well succeed later: throttling, timeouts, resets, 5xx."""
-    if not is_storage_error(error) or isinstance(error, _PERMANENT_OS_ERRORS):
+    if not is_storage_error(error) or isinstance(error, _PERMANENT_OS_ERRORS) or hub_problem(error) is not None:
         return False
     if is_refusal(error) or is_no_space(error) or type(error).__name__ in _PERMANENT_NAMES:
         return False
@@ -115,6 +130,12 @@ def is_no_space(error: BaseException) -> bool:
     )
 
 
+def hub_problem(error: BaseException) -> str | None:
+    """What is wrong with a path on the Hugging Face hub, with the way out; None for any other error."""
+    names = (type(each).__name__ for each in (error, error.__cause__) if each is not None)
+    return next((_HUB_PROBLEMS[name] for name in names if name in _HUB_PROBLEMS), None)
+
+
 def lost_exclusive_create(error: BaseException) -> bool:
     """Whether a conditional write failed because the object exists.
 
@@ -152,6 +173,9 @@ def _http_status(error: BaseException) -> int | None:
         status = getattr(error, name, None)
         if isinstance(status, int) or (isinstance(status, str) and status.isdecimal()):
             return int(status)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return status
     answer = _s3_answer(error)
     metadata = answer.get("ResponseMetadata") if answer is not None else None
     status = metadata.get("HTTPStatusCode") if isinstance(metadata, Mapping) else None

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
@@ -10,6 +10,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from batchinfer.errors import BatchinferError, JobError, StorageUnavailable
 from batchinfer.redact import redact
 from batchinfer.storage.error_kinds import (
+    hub_problem,
     is_no_space,
     is_refusal,
     is_storage_error,
@@ -25,6 +26,13 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+@dataclass(slots=True)
+class RetryCount:
+    """How many calls were tried again. Threads that count at the same moment may count one less: it is for people."""
+
+    number: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """How long transient errors are waited out: exponential steps with jitter, bounded in number and length."""
@@ -34,6 +42,8 @@ class RetryPolicy:
     max_s: float = 15.0
     #: Broken on purpose; None = nothing is asked.
     faults: StorageFaults | None = None
+    #: Counts up; shared by all that are called under this policy.
+    retries: RetryCount = field(default_factory=RetryCount, compare=False)
 
 
 def attempt(
@@ -95,6 +105,9 @@ def _with_faults(
 
 def _mapped(error: Exception, where: str, blames: type[JobError], policy: RetryPolicy) -> BatchinferError:
     place, cause = redact(where), redact(str(error)) or type(error).__name__
+    problem = hub_problem(error)
+    if problem is not None:
+        return blames(f"{place}: {problem}")
     if isinstance(error, FileNotFoundError):
         return blames(f"{place}: not found; check the path (and that the bucket or the mount exists here)")
     if is_refusal(error):
@@ -116,6 +129,7 @@ def _mapped(error: Exception, where: str, blames: type[JobError], policy: RetryP
 
 
 def _log_retry(state: RetryCallState, where: str, policy: RetryPolicy) -> None:
+    policy.retries.number += 1
     error = state.outcome.exception() if state.outcome else None
     log.warning(
         "%s: attempt %d of %d failed (%s: %s); next in %.1f s",

@@ -18,6 +18,7 @@ from fsspec.core import url_to_fs
 
 from batchinfer.errors import JobError, ModelError, OutputError, PartExists, SpecError
 from batchinfer.redact import redact
+from batchinfer.storage.error_kinds import hub_problem
 from batchinfer.storage.failures import RetryPolicy, attempt, lost_exclusive_create
 from batchinfer.storage.local import LocalLocation
 from batchinfer.storage.location import FoundFile, Location, checked_name
@@ -88,7 +89,13 @@ def _locate_remote(uri: str, storage_options: StorageOptions, blames: type[JobEr
         raise SpecError(
             f"{redact(uri)}: fsspec cannot open it ({redact(str(error))}); check the protocol and storage_options"
         ) from error
-    return RemoteLocation(filesystem, path.rstrip("/") or path, blames, policy)
+    if protocol != "hf":
+        return RemoteLocation(filesystem, path.rstrip("/") or path, blames, policy)
+    if blames is OutputError:
+        raise OutputError(
+            f"{redact(uri)}: the hub is read, not written to; choose another output.path, and upload what is there then"
+        )
+    return HubLocation(filesystem, path.rstrip("/") or path, blames, policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,7 @@ class RemoteLocation(Location):
 
     def child(self, name: str) -> "RemoteLocation":
         path = f"{self.path.rstrip('/')}/{checked_name(name, str(self))}"
-        return RemoteLocation(self.filesystem, path, self.blames, self.policy)
+        return type(self)(self.filesystem, path, self.blames, self.policy)
 
     def is_file(self) -> bool:
         return self._attempt("is_file", lambda: bool(self._fresh().isfile(self.path)))
@@ -196,6 +203,10 @@ class RemoteLocation(Location):
         except FileExistsError as error:
             raise PartExists(f"{self} is there already") from error
 
+    def put_file(self, local_path: str) -> None:
+        # One object, in one put or one multipart upload: readers see the old object or the new one.
+        self._attempt("put_file", lambda: self.filesystem.put_file(local_path, self.path))
+
     def remove(self) -> None:
         try:
             self._attempt("remove", lambda: self.filesystem.rm_file(self.path), absent_ok=True)
@@ -241,6 +252,55 @@ class RemoteLocation(Location):
 
     def _attempt(self, name: str, operation: Callable[[], Result], *, absent_ok: bool = False) -> Result:
         return attempt(name, operation, self.uri, self.blames, self.policy, absent_ok=absent_ok)
+
+
+class HubLocation(RemoteLocation):
+    """A path in a repository of the Hugging Face hub, ``datasets/<namespace>/<name>[@<revision>]/<path>``; read only.
+
+    Its filesystem answers no to ``isfile`` and ``isdir`` whatever went wrong, and reads ahead where only a range is
+    asked for.
+    """
+
+    def is_file(self) -> bool:
+        return self._type() == "file"
+
+    def is_directory(self) -> bool:
+        return self._type() == "directory"
+
+    def read_range(self, first_byte: int, num_bytes: int) -> bytes:
+        if num_bytes <= 0:
+            return b""
+        end = first_byte + num_bytes
+        return self._attempt(
+            "read_range",
+            lambda: cast(bytes, self.filesystem.cat_file(self.path, start=first_byte, end=end, cache_type="none")),
+        )
+
+    def _type(self) -> str | None:
+        try:
+            return self._attempt("type", lambda: str(self._fresh().info(self.path)["type"]), absent_ok=True)
+        except FileNotFoundError as error:
+            problem = hub_problem(error)
+            if problem is None:
+                return None
+            raise self.blames(f"{self}: {problem}") from error
+
+    def _attempt(self, name: str, operation: Callable[[], Result], *, absent_ok: bool = False) -> Result:
+        def asked() -> Result:
+            try:
+                return operation()
+            except RuntimeError as error:
+                # All threads share a client, which one that cannot connect closes.
+                if "client has been closed" in str(error):
+                    raise ConnectionError(str(error)) from error
+                raise
+
+        try:
+            return super()._attempt(name, asked, absent_ok=absent_ok)
+        except (ValueError, NotImplementedError) as error:
+            raise self.blames(
+                f"{self}: {error}; data sets are hf://datasets/<namespace>/<name>[@<revision>]/<path>"
+            ) from error
 
 
 class _RangeFile(io.RawIOBase):

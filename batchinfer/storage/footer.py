@@ -48,9 +48,27 @@ def _footer(read_range: Callable[[int, int], bytes], size_bytes: int) -> tuple[b
     return footer, metadata
 
 
+class ShardDigest:
+    """The identity of an input file: its path relative to the input root, its size, and bytes that tell its content:
+    a Parquet file's footer, all of a JSON Lines file. They may come in pieces."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
+        self._hash = hashlib.sha256(f"{path}\0{size_bytes}\0".encode())
+
+    def update(self, content: bytes) -> None:
+        """Take in the next bytes."""
+        self._hash.update(content)
+
+    @property
+    def shard_id(self) -> str:
+        return self._hash.hexdigest()[:16]
+
+
 def shard_id(path: str, size_bytes: int, footer: bytes) -> str:
-    """The identity of an input file: its path relative to the input root, its size, and its footer's bytes."""
-    return hashlib.sha256(f"{path}\0{size_bytes}\0".encode() + footer).hexdigest()[:16]
+    """The identity of a Parquet shard."""
+    digest = ShardDigest(path, size_bytes)
+    digest.update(footer)
+    return digest.shard_id
 
 
 def key_values(metadata: pq.FileMetaData) -> dict[str, str]:

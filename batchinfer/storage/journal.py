@@ -9,7 +9,9 @@ lease), and one that lost its unit may go on writing without knowing (a zombie),
 floating-point noise may draw another one. So every record names the position it goes on from and a checksum of the
 tokens before: reading walks the segments in order, a record cuts what is known at its position and adds its tokens,
 and one whose checksum does not fit what is known is left out. Whatever is lost, damaged or written late, what is
-read of a sequence is therefore the beginning of what some one writer had, never a mix of two.
+read of a sequence is therefore the beginning of what some one writer had, never a mix of two. Each turn of a
+conversation is a sequence of its own; one behind the first has a checksum of its prompt, in which the answers before
+it are, so that it counts behind those only.
 """
 
 import logging
@@ -42,8 +44,8 @@ _NUM_LOOKS: Final = 3
 _READ_THREADS: Final = 8
 _SEGMENT_NAME = re.compile(r"(?P<run>.+)-(?P<lease>\d{8,})-(?P<k>\d{6,})\.arrow")
 
-#: (row id, sample).
-SequenceId = tuple[str, int]
+#: (row id, sample, turn).
+SequenceId = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,13 @@ class JournaledSequence:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     error: RowError | None = None
+    #: Of a row's conversation; and of the turn's prompt where it is not the first, else 0.
+    turn: int = 0
+    prompt_checksum: int = 0
 
     @property
     def sequence_id(self) -> SequenceId:
-        return (self.row_id, self.sample)
+        return (self.row_id, self.sample, self.turn)
 
     @property
     def has_ended(self) -> bool:
@@ -111,7 +116,7 @@ def read_journal(output: Location, unit_id: str, fingerprint: str) -> Journal:
             logger.warning("%s/%s: left out, %s; what only it held is generated again", directory, name, error)
             continue
         for record in records:
-            known.setdefault((record.row_id, record.sample), _Growing()).apply(record)
+            known.setdefault((record.row_id, record.sample, record.turn), _Growing()).apply(record)
     sequences = {key: growing.sequence(*key) for key, growing in known.items() if growing.is_known}
     return Journal(sequences, names, num_damaged)
 
@@ -174,7 +179,7 @@ class JournalWriter:
     @property
     def num_rows(self) -> int:
         """Rows of which the journal holds something."""
-        return len({row_id for row_id, _ in list(self._written)})
+        return len({row_id for row_id, *_ in list(self._written)})
 
     @property
     def num_tokens(self) -> int:
@@ -184,9 +189,9 @@ class JournalWriter:
     def flush(self, sequences: Iterable[JournaledSequence]) -> None:
         """Write what is new about these sequences, each given with all its tokens; writes nothing if nothing is.
 
-        One that comes shorter than before is old news and ignored; one that begins with other tokens than before was
-        started over, and what the journal says of it is replaced. What a failed call could not write is written by
-        the next one.
+        One that comes shorter than before is old news and ignored; one that begins with other tokens than before, or
+        has another prompt, was started over, and what the journal says of it is replaced. What a failed call could not
+        write is written by the next one.
 
         Raises StorageUnavailable or OutputError when the output cannot be written.
         """
@@ -204,6 +209,8 @@ class JournalWriter:
         if before is None:
             if not sequence.token_ids and not sequence.has_ended:
                 return
+        elif before.prompt_checksum != sequence.prompt_checksum:
+            self._written.pop(sequence.sequence_id, None)
         elif before.has_ended:
             return
         else:
@@ -269,6 +276,8 @@ def _record(sequence: JournaledSequence, before: _Written) -> JournalRecord:
         position=before.num_tokens,
         prefix_checksum=before.checksum,
         token_ids=tokens_of(sequence.token_ids[before.num_tokens :]),
+        turn=sequence.turn,
+        prompt_checksum=sequence.prompt_checksum,
         logprobs=sequence.logprobs[before.num_tokens :] or None,
         finish_reason=sequence.finish_reason,
         error=sequence.error,
@@ -283,6 +292,7 @@ class _Growing:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._checksum = 0
+        self._prompt_checksum = 0
         self._finish_reason: FinishReason | None = None
         self._error: RowError | None = None
 
@@ -291,11 +301,14 @@ class _Growing:
         position = record.position
         if position > len(self._token_ids):
             return
+        if position and record.prompt_checksum != self._prompt_checksum:
+            return
         is_cut = position < len(self._token_ids)
         before = checksum(tokens_of(self._token_ids[:position])) if is_cut else self._checksum
         if before != record.prefix_checksum:
             return
         self.is_known = True
+        self._prompt_checksum = record.prompt_checksum
         del self._token_ids[position:]
         del self._logprobs[position:]
         self._token_ids += record.token_ids.tolist()
@@ -304,9 +317,16 @@ class _Growing:
         self._finish_reason = record.finish_reason
         self._error = record.error
 
-    def sequence(self, row_id: str, sample: int) -> JournaledSequence:
+    def sequence(self, row_id: str, sample: int, turn: int) -> JournaledSequence:
         return JournaledSequence(
-            row_id, sample, tuple(self._token_ids), tuple(self._logprobs), self._finish_reason, self._error
+            row_id,
+            sample,
+            tuple(self._token_ids),
+            tuple(self._logprobs),
+            self._finish_reason,
+            self._error,
+            turn,
+            self._prompt_checksum,
         )
 
 

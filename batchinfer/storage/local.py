@@ -122,6 +122,21 @@ class LocalLocation(Location):
         except FileExistsError as error:
             raise PartExists(f"{self.path} is there already") from error
 
+    def put_file(self, local_path: str) -> None:
+        is_moved = False
+
+        def put() -> None:
+            nonlocal is_moved
+            if not is_moved:
+                _make_directory(os.path.dirname(self.path))
+                with open(local_path, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(local_path, self.path)
+                is_moved = True
+            _sync_directory(os.path.dirname(self.path))
+
+        self._attempt("put_file", put)
+
     def remove(self) -> None:
         def unlink() -> None:
             with suppress(FileNotFoundError):

@@ -90,6 +90,14 @@ class Location(ABC):
         """Put ``content`` here in one atomic step, or raise PartExists and leave what is there. Durable on return."""
 
     @abstractmethod
+    def put_file(self, local_path: str) -> None:
+        """Put a local file's content here in one atomic step, replacing what is there. Durable on return.
+
+        For what is too large for memory. Where this place is local, so must both be on one filesystem, and the file is
+        moved: it is gone from ``local_path``.
+        """
+
+    @abstractmethod
     def remove(self) -> None:
         """Remove the file; nothing happens when there is none."""
 

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.records import (
+    ANSWERS,
+    CHOICES,
     COMPLETION,
     FINISH_REASON,
     FORMAT_VERSION,
@@ -19,6 +21,8 @@ from batchinfer.records import (
     ROW_ID,
     SAMPLE,
     TOKEN_IDS,
+    Answer,
+    ChoiceScore,
     Completion,
     RowError,
     TokenLogprobs,
@@ -45,6 +49,28 @@ _TOP = pa.struct([pa.field("token_id", pa.int32()), pa.field("logprob", pa.float
 _LOGPROBS = pa.list_(
     pa.struct([pa.field("token_id", pa.int32()), pa.field("logprob", pa.float32()), pa.field("top", pa.list_(_TOP))])
 )
+_CHOICES = pa.list_(
+    pa.struct(
+        [
+            pa.field("choice", pa.string()),
+            pa.field("logprob", pa.float32()),
+            pa.field("probability", pa.float32()),
+            pa.field("num_tokens", pa.int32()),
+        ]
+    )
+)
+
+
+_ANSWERS = pa.list_(
+    pa.struct(
+        [
+            pa.field("completion", pa.string()),
+            pa.field("finish_reason", pa.string()),
+            pa.field("num_prompt_tokens", pa.int32()),
+            pa.field("num_completion_tokens", pa.int32()),
+        ]
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +85,8 @@ class PartFormat:
     n: int = 1
     token_ids: bool = False
     logprobs: bool = False
+    choices: bool = False
+    answers: bool = False
     compression: Compression = "zstd"
 
 
@@ -187,6 +215,10 @@ def _generated(completions: Sequence[Completion], part: PartFormat) -> Columns:
         columns[TOKEN_IDS] = pa.array([c.token_ids for c in completions], pa.list_(pa.int32()))
     if part.logprobs:
         columns[LOGPROBS] = _logprobs([c.logprobs for c in completions])
+    if part.choices:
+        columns[CHOICES] = _choices([c.choices for c in completions])
+    if part.answers:
+        columns[ANSWERS] = _answers([c.answers for c in completions])
     return columns
 
 
@@ -209,6 +241,38 @@ def _logprobs(rows: Sequence[tuple[TokenLogprobs, ...] | None]) -> "pa.Array[Any
     )
     is_null = pa.array([row is None for row in rows], pa.bool_())
     return _lists([len(row or ()) for row in rows], token_structs, mask=is_null)
+
+
+def _choices(rows: Sequence[tuple[ChoiceScore, ...] | None]) -> "pa.Array[Any]":
+    """Null where a row had none."""
+    scores = [score for row in rows for score in row or ()]
+    structs = pa.StructArray.from_arrays(
+        [
+            pa.array([score.choice for score in scores], pa.string()),
+            pa.array([score.logprob for score in scores], pa.float32()),
+            pa.array([score.probability for score in scores], pa.float32()),
+            pa.array([score.num_tokens for score in scores], pa.int32()),
+        ],
+        fields=list(_CHOICES.value_type),
+    )
+    is_null = pa.array([row is None for row in rows], pa.bool_())
+    return _lists([len(row or ()) for row in rows], structs, mask=is_null)
+
+
+def _answers(rows: Sequence[tuple[Answer, ...] | None]) -> "pa.Array[Any]":
+    """Null where a row was no conversation."""
+    answers = [answer for row in rows for answer in row or ()]
+    structs = pa.StructArray.from_arrays(
+        [
+            pa.array([answer.completion for answer in answers], pa.string()),
+            pa.array([answer.finish_reason for answer in answers], pa.string()),
+            pa.array([answer.num_prompt_tokens for answer in answers], pa.int32()),
+            pa.array([answer.num_completion_tokens for answer in answers], pa.int32()),
+        ],
+        fields=list(_ANSWERS.value_type),
+    )
+    is_null = pa.array([row is None for row in rows], pa.bool_())
+    return _lists([len(row or ()) for row in rows], structs, mask=is_null)
 
 
 def _lists(lengths: Sequence[int], values: "pa.Array[Any]", mask: pa.BooleanArray | None = None) -> "pa.ListArray[Any]":

@@ -2,11 +2,10 @@
 
 A shard may be one row group of a million rows and a unit a thousand of them, so a stream once opened is kept
 and read on: unit k+1 costs its own rows, not those before it. Another input format is another class with
-``read_unit`` and ``close``.
+``read_unit`` and ``close``; ``shard_reader`` chooses.
 """
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -14,8 +13,9 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.errors import JobError, ShardCorrupt, StorageUnavailable
+from batchinfer.errors import JobError, RowRejected, ShardCorrupt, StorageUnavailable
 from batchinfer.records import Shard, WorkUnit
+from batchinfer.storage.cursors import IdleCursors
 from batchinfer.storage.location import Location
 
 #: Rows decoded at once: what a cursor holds beyond the unit asked for.
@@ -34,24 +34,22 @@ class UnitRows:
     table: pa.Table
     num_missing: int
     error: ShardCorrupt | None
+    #: Rows of the table, by their offset in the unit, that are none, and why; what they hold means nothing.
+    rejected: Mapping[int, RowRejected] = field(default_factory=dict)
 
 
 class ParquetReader:
     """Reads units of any shards; every table has exactly the columns and types of ``schema``.
 
-    Several threads may read at once, each on a cursor of its own: a lock per shard would make the slower of two
-    units wait for the other's decoding, one cursor per unit would decode a shard's beginning each time. Idle
-    cursors are kept, the most recently used ``max_idle_cursors`` of them; the next unit takes the one closest
-    before its first row.
+    Several threads may read at once, each on a cursor of its own; the next unit takes the idle one closest before its
+    first row.
     """
 
     def __init__(self, locate: Callable[[str], Location], schema: pa.Schema, max_idle_cursors: int = 4) -> None:
         """``locate`` turns a shard's uri into its location; shard columns outside ``schema`` are not read."""
         self._locate = locate
         self._schema = schema
-        self._max_idle_cursors = max_idle_cursors
-        self._lock = threading.Lock()
-        self._idle: list[_Cursor] = []
+        self._idle: IdleCursors[_Cursor] = IdleCursors(max_idle_cursors)
         #: (shard id, row group) -> (first row that cannot be read, why); found once, not for each unit behind it.
         self._damage: dict[tuple[str, int], tuple[int, str]] = {}
 
@@ -61,7 +59,7 @@ class ParquetReader:
         May be repeated, in any order of units; ascending order is the fast one. Raises StorageUnavailable when
         the shard cannot be reached (not there on this machine, or transient errors outlast their retries).
         """
-        cursor = self._take_cursor(shard, unit.first_row)
+        cursor = self._idle.take(shard.shard_id, unit.first_row)
         try:
             cursor = cursor or _Cursor.open(shard, self._locate(shard.uri), self._schema.names)
             batches = cursor.read(unit.first_row, unit.num_rows, self._damage)
@@ -82,34 +80,13 @@ class ParquetReader:
                 ) from failure
             raise
         if cursor is not None:
-            self._keep_cursor(cursor)
+            self._idle.keep(cursor)
         table = pa.Table.from_batches([_with_schema(batch, self._schema) for batch in batches], schema=self._schema)
         return UnitRows(table, unit.num_rows - table.num_rows, error)
 
     def close(self) -> None:
         """Close the idle cursors; the reader may be used again."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for cursor in idle:
-            cursor.close()
-
-    def _take_cursor(self, shard: Shard, first_row: int) -> "_Cursor | None":
-        with self._lock:
-            fitting = [c for c in self._idle if c.shard.shard_id == shard.shard_id and c.next_row <= first_row]
-            if not fitting:
-                return None
-            nearest = max(fitting, key=lambda cursor: cursor.next_row)
-            self._idle.remove(nearest)
-            return nearest
-
-    def _keep_cursor(self, cursor: "_Cursor") -> None:
-        with self._lock:
-            if not cursor.at_end:
-                self._idle.append(cursor)
-                if len(self._idle) <= self._max_idle_cursors:
-                    return
-                cursor = self._idle.pop(0)
-        cursor.close()
+        self._idle.close()
 
 
 class _Damaged(Exception):
@@ -161,6 +138,14 @@ class _Cursor:
         except BaseException:
             source.close()
             raise
+
+    @property
+    def shard_id(self) -> str:
+        return self.shard.shard_id
+
+    @property
+    def position(self) -> int:
+        return self.next_row
 
     @property
     def at_end(self) -> bool:

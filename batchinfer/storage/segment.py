@@ -22,6 +22,8 @@ _NUM_DIGEST_BYTES: Final = 16
 _FIELDS: "Final[list[pa.Field[Any]]]" = [
     pa.field("row_id", pa.string(), nullable=False),
     pa.field("sample", pa.int32(), nullable=False),
+    pa.field("turn", pa.int32(), nullable=False),
+    pa.field("prompt_checksum", pa.uint32(), nullable=False),
     pa.field("position", pa.int32(), nullable=False),
     pa.field("prefix_checksum", pa.uint32(), nullable=False),
     pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
@@ -36,6 +38,7 @@ _FIELDS: "Final[list[pa.Field[Any]]]" = [
     pa.field("attempts", pa.int32()),
 ]
 _SCHEMA: Final = pa.schema(_FIELDS)
+_NUMBERS: Final = ("sample", "turn", "prompt_checksum", "position", "prefix_checksum")
 _ERROR_FIELDS: Final = ("error_type", "error", "attempts")
 _OPTIONS: Final = pa.ipc.IpcWriteOptions(compression="zstd")
 
@@ -64,6 +67,9 @@ class JournalRecord:
     #: Of the tokens before ``position``: a record counts only behind the very tokens it was written behind.
     prefix_checksum: int
     token_ids: Tokens
+    #: Of a conversation; and of the prompt of a turn behind the first, which is made of the answers before it.
+    turn: int = 0
+    prompt_checksum: int = 0
     #: One for each of ``token_ids``, or None where the prompt asked for none.
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
@@ -92,6 +98,8 @@ def encode_segment(records: Sequence[JournalRecord], origin: SegmentOrigin) -> b
     columns: list[pa.Array[Any]] = [
         pa.array([record.row_id for record in records], pa.string()),
         pa.array([record.sample for record in records], pa.int32()),
+        pa.array([record.turn for record in records], pa.int32()),
+        pa.array([record.prompt_checksum for record in records], pa.uint32()),
         pa.array([record.position for record in records], pa.int32()),
         pa.array([record.prefix_checksum for record in records], pa.uint32()),
         _lists(
@@ -143,8 +151,7 @@ def decode_segment(content: bytes, origin: SegmentOrigin) -> list[JournalRecord]
 
 def _records(table: pa.Table) -> Iterable[JournalRecord]:
     plain: dict[str, list[Any]] = {
-        name: table.column(name).to_pylist()
-        for name in ("row_id", "sample", "position", "prefix_checksum", "finish_reason", *_ERROR_FIELDS)
+        name: table.column(name).to_pylist() for name in (*_NUMBERS, "row_id", "finish_reason", *_ERROR_FIELDS)
     }
     lists = {name: _slices(table, name) for name in ("token_ids", "logprobs", "num_top", "top_ids", "top_logprobs")}
     has_logprobs = table.column("logprobs").is_valid().to_pylist()
@@ -153,9 +160,7 @@ def _records(table: pa.Table) -> Iterable[JournalRecord]:
         error_type, error, attempts = (plain[name][index] for name in _ERROR_FIELDS)
         yield JournalRecord(
             row_id=row_id,
-            sample=plain["sample"][index],
-            position=plain["position"][index],
-            prefix_checksum=plain["prefix_checksum"][index],
+            **{name: plain[name][index] for name in _NUMBERS},
             token_ids=tokens,
             logprobs=_logprobs(tokens, lists, index) if has_logprobs[index] else None,
             finish_reason=plain["finish_reason"][index],

@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from batchinfer.audit import verify, verify_deep
 from batchinfer.cluster.errors_repair import mend_errors_parts
+from batchinfer.cluster.messages import ReplicaStarted
 from batchinfer.cluster.prepare import Preparation, compare_with_output, prepare
 from batchinfer.cluster.queue_policy import QueuePolicy
 from batchinfer.cluster.run_record import RunRecord
 from batchinfer.cluster.work_queue import WorkQueue
-from batchinfer.records import Completion, RowError, WorkUnit
+from batchinfer.records import Completion, RowError, UnitResult, WorkUnit
+from batchinfer.report import read_status
 from batchinfer.storage.layout import part_name
 from batchinfer.storage.part_tables import (
     DeadRows,
@@ -73,6 +75,11 @@ def main() -> None:
             "until replicas start": round(until_replicas_s, 2),
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
+        if options.status:
+            with _timed(times, "status"):
+                status = read_status(str(folder / "out"))
+            assert status.num_units_committed == options.units
+            facts["status"] = round(times["status"], 2)
         for check in (verify, verify_deep) if options.verify else ():
             with _timed(times, check.__name__):
                 report = check(str(folder / "out"))
@@ -91,6 +98,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows-per-unit", type=int, default=10)
     parser.add_argument("--dead-share", type=float, default=0.05, help="share of units that have a dead letter")
     parser.add_argument("--verify", action="store_true", help="time verify and verify_deep too")
+    parser.add_argument("--status", action="store_true", help="time status too")
     parser.add_argument("--folder", help="where to build (default: the system's temporary folder)")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -118,13 +126,35 @@ def _write_output(found: Preparation, num_units: int, dead_share: float) -> None
     """Parts as replicas write them, but for the syncing of each to the disk."""
     with RunRecord(found, "20260101T000000-aaaaaa") as record:
         record.begin()
+        record.event("replica_starting", replica=0)
+        record.replica_ready(0, ReplicaStarted(256, "fake", "none", "node", 1.0))
+        for number, unit in enumerate(found.plan.units[:num_units]):
+            record.unit_leased(0, unit.unit_id, 1, 0)
+            record.unit_committed(0, _result(unit, num_dead=int(_is_dead(number, dead_share))))
     root = Path(found.output.uri)
     for name in ("completions", "errors"):
         (root / name).mkdir()
     part = PartFormat(found.fingerprint.digest, "run", ("id", "prompt"), compression="none")
-    stride = max(1, round(1 / dead_share)) if dead_share else 0
     for number, unit in enumerate(found.plan.units[:num_units]):
-        _write_parts(root, unit, part, is_dead=bool(stride) and number % stride == 0)
+        _write_parts(root, unit, part, is_dead=_is_dead(number, dead_share))
+
+
+def _is_dead(number: int, dead_share: float) -> bool:
+    """Whether the unit has a dead letter."""
+    return bool(dead_share) and number % max(1, round(1 / dead_share)) == 0
+
+
+def _result(unit: WorkUnit, num_dead: int) -> UnitResult:
+    return UnitResult(
+        unit.unit_id,
+        unit.num_rows,
+        unit.num_rows - num_dead,
+        num_dead,
+        5 * unit.num_rows,
+        3 * unit.num_rows,
+        1.0,
+        dead_letters_by_type={"too_long": num_dead} if num_dead else {},
+    )
 
 
 def _write_parts(root: Path, unit: WorkUnit, part: PartFormat, *, is_dead: bool) -> None:

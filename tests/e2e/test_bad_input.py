@@ -251,7 +251,7 @@ SPOILT: list[tuple[Callable[[Case], None], tuple[str, ...]]] = [
     (missing_passed_column, ("shard part-0.parquet", "no column 'idd'", "did you mean 'id'?")),
     (wrong_type, ("shard part-0.parquet", "'id' is int64", "prompt.text needs string", "convert this one")),
     (wrong_type_in_one_shard, ("shard part-1.parquet", "'prompt' is list", "prompt.text needs string")),
-    (no_shards, ("/in: ", "no shards in", "expected *.parquet files")),
+    (no_shards, ("/in: ", "no shards in", "expected *.parquet, *.jsonl")),
     (only_broken_shards, ("none of 2 shards can be read", "part-0.parquet")),
     (output_is_input, ("output.path", "/in is where input.path", "choose another output.path")),
     (output_inside_input, ("/in/answers lies inside input.path", "choose an output.path beside the input")),
@@ -419,9 +419,10 @@ def test_damaged_shards_are_reported_by_name_and_the_others_finish(case: Case) -
     (source / "corrupt.parquet").write_bytes(content)
     (source / "truncated.parquet").write_bytes((source / "truncated.parquet").read_bytes()[:-200])
 
-    plan = command("plan", case.file(), "--json")
+    plan = command("plan", case.file(), "--json", "--full")
     assert plan.exit_code == 0
-    assert [shard["path"] for shard in json.loads(plan.stdout)["unreadable_shards"]] == ["truncated.parquet"]
+    planned = json.loads(plan.stdout)
+    assert [shard["path"] for shard in planned["unreadable_shards"]] == ["truncated.parquet"]
 
     result = command("run", case.file())
     assert result.exit_code == 1, result.output
@@ -437,6 +438,8 @@ def test_damaged_shards_are_reported_by_name_and_the_others_finish(case: Case) -
     assert {row["error_type"] for row in letters} == {"shard_corrupt"}
     assert all("corrupt.parquet" in row["error"] for row in letters)
     assert len(read_dead_letters(case.output)) == 40 - len(readable)
+    # `plan --full` has read every row and knew.
+    assert planned["prompts"]["dead_letters_by_shard"] == {"corrupt.parquet": {"shard_corrupt": len(letters)}}
 
     verdict = json.loads(command("verify", case.output, "--json").stdout)
     assert verdict["verdict"] == "complete_with_dead_letters"

@@ -34,7 +34,7 @@ def job_file(tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("ray_session")
 def test_a_job_from_its_plan_to_its_proof(job_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    plan = command("plan", job_file)
+    plan = command("plan", job_file, "--sample", "0")
     assert plan.exit_code == 0
     assert "begins a new output" in plan.stdout
     assert command("status", output).exit_code == 2

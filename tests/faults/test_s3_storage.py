@@ -1,5 +1,6 @@
 """The promises of storage on a real S3 server: one winner per part, honest refusals, a job from plan to verify."""
 
+import gzip
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 
 from batchinfer.audit import verify
 from batchinfer.errors import InputError, LeaseHeld, LeaseLost, OutputError, PartExists, StorageUnavailable
+from batchinfer.export import export
 from batchinfer.planner import merge_plans, plan_input
 from batchinfer.storage.events import open_event_log, read_events
 from batchinfer.storage.filesystem import download_tree, locate
@@ -24,6 +26,7 @@ from batchinfer.storage.layout import (
 from batchinfer.storage.lease import acquire
 from batchinfer.storage.location import Location
 from batchinfer.storage.reader import ParquetReader
+from batchinfer.storage.shard_reader import ShardReader
 from batchinfer.storage.writer import PublishOutcome, publish_unit
 from tests.outputs import (
     NO_WAIT,
@@ -31,6 +34,7 @@ from tests.outputs import (
     begin_job,
     completions_of,
     dead_letters_of,
+    finished_job,
     num_dead_letters,
     rows_table,
     write_shard,
@@ -106,6 +110,20 @@ def test_an_endpoint_nobody_listens_at_is_storage_unavailable(server: S3Server) 
     place = locate(f"s3://{BUCKET}/x", options, policy=NO_WAIT)
     with pytest.raises(StorageUnavailable, match="still failing after 3 attempts"):
         place.read_range(0, 1)
+
+
+def test_json_lines_in_a_bucket_are_read_by_ranges_and_streams(root: Location, server: S3Server) -> None:
+    content = b"".join(b'{"id": %d, "text": "%s"}\n' % (number, b"x" * 200) for number in range(9000))
+    for name, stored in (("in/a.jsonl", content), ("in/b.jsonl.gz", gzip.compress(content))):
+        root.child(name).write_replace(stored, root)
+    options = server.storage_options
+    found = plan_input([f"{root.uri}/in"], options, 1000)
+    reader = ShardReader(lambda uri: locate(uri, options, blames=InputError, policy=NO_WAIT), found.schemas[0].schema)
+    shards = {shard.shard_id: shard for shard in found.plan.shards}
+    for unit in found.plan.units:
+        rows = reader.read_unit(shards[unit.shard_id].for_unit(unit), unit)
+        assert rows.table["id"].to_pylist() == list(range(unit.first_row, unit.first_row + 1000))
+    reader.close()
 
 
 def test_a_job_from_plan_to_verify_with_resume_and_a_changed_shard(
@@ -203,3 +221,23 @@ def test_a_model_directory_is_fetched_without_pickles(root: Location, server: S3
     fetched = download_tree(f"{root.uri}/model", tmp_path / "cache", server.storage_options)
     assert fetched == ["config.json", "sub/model.safetensors"]
     assert (tmp_path / "cache/sub/model.safetensors").read_text() == "sub/model.safetensors"
+
+
+def test_a_large_file_is_uploaded_in_parts_and_an_export_goes_there(
+    root: Location, server: S3Server, tmp_path: Path
+) -> None:
+    """More than s3fs sends in one put; it appears as one object."""
+    spool = tmp_path / "spool"
+    spool.write_bytes(b"begin" + bytes(55 << 20) + b"end")
+    place = root.child("exports/large")
+    place.write_replace(b"old", staging(root))
+    place.put_file(str(spool))
+    assert place.size_bytes() == spool.stat().st_size
+    assert place.read_range(0, 5) + place.read_range(place.size_bytes() - 3, 3) == b"beginend"
+
+    output, _ = finished_job(tmp_path, dead=[2])
+    target = root.child("exports/batch")
+    result = export(str(output), target.uri, "openai-batch", target_options=server.storage_options)
+    assert result.num_completions == 24
+    assert target.names() == {"output.jsonl", "errors.jsonl"}
+    assert target.child("errors.jsonl").read_bytes().count(b"\n") == 1

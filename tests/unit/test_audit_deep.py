@@ -11,7 +11,7 @@ import pytest
 
 from batchinfer.audit import VerifyReport, verify, verify_deep
 from batchinfer.errors import OutputError
-from batchinfer.records import TokenLogprobs
+from batchinfer.records import Answer, TokenLogprobs
 from batchinfer.storage import checksums
 from batchinfer.storage.filesystem import locate
 from batchinfer.storage.layout import completions_part, errors_part, journal_directory, staging
@@ -141,6 +141,29 @@ def test_a_value_that_no_engine_writes_is_named_by_its_row(
     # A wrong number of tokens shows where tokens are.
     named = {"num_completion_tokens": "token_ids"}.get(column, column)
     assert any(f"in column {named}" in finding.detail for finding in report.findings)
+
+
+def test_answers_that_are_not_the_completion_s_are_named_by_their_row(tmp_path: Path) -> None:
+    plan = planned(write_shard(tmp_path / "in" / "a.parquet", 6).parent)
+    output, unit = locate(str(tmp_path / "out")), plan.units[0]
+    begin_job(output, plan)
+    completions = [
+        replace(it, answers=(Answer("first", "stop", 3, 1), Answer(it.text, "stop", 5, 2)))
+        for it in completions_of(unit)
+    ]
+    publish_unit(output, unit, rows_table(6), completions, [], replace(PART, answers=True))
+    assert verify_deep(output.uri).findings == ()
+    place = completions_part(output, unit.unit_id)
+    answers = pq.read_table(local_path(place)).column("answers")
+    found = answers.to_pylist()
+    found[2][1]["completion"] = "another"
+    found[3][0]["num_completion_tokens"] = 7
+    found[4] = []
+    found[5] = None
+    rewrite(place, with_column("answers", pa.array(found, answers.type)))
+    report = verify_deep(output.uri)
+    assert {finding.rows for finding in report.findings} == {(f"{unit.row_id(2)}-5",)}
+    assert all("in column answers" in finding.detail for finding in report.findings)
 
 
 def test_a_passed_column_that_cannot_be_decoded_is_damage(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from batchinfer.storage.layout import completions_part
 from tests.jobs import command, job_values, model_without_weights, write_input, write_job_file
 from tests.outputs import begin_job, finished_job, planned, publish, write_shard
 
-COMMANDS = sorted(main.commands)
+COMMANDS = sorted(main.commands.keys() - {"completion"})
 #: Commands that take a job file; the others take an output.
-ON_JOBS = ("plan", "retry-failed", "run")
+ON_JOBS = ("plan", "retry-failed", "run", "submit")
 #: Class -> the exit code that the tree in ``errors`` promises for it.
 EXIT_CODES = {
     "SpecError": 2,
@@ -30,6 +30,7 @@ EXIT_CODES = {
     "ModelError": 2,
     "OutputError": 2,
     "FingerprintMismatch": 2,
+    "PoorQuality": 2,
     "JobError": 2,
     "RunInterrupted": 3,
     "LeaseHeld": 3,
@@ -37,6 +38,7 @@ EXIT_CODES = {
     "ClusterLost": 3,
     "StorageUnavailable": 3,
     "UnitsGivenUp": 3,
+    "AllowanceSpent": 3,
     "PartExists": 3,
     "ShardCorrupt": 3,
     "BatchinferError": 3,
@@ -70,7 +72,7 @@ def failing_status(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Non
 def test_the_group_lists_every_command() -> None:
     result = command("--help")
     assert result.exit_code == 0
-    assert COMMANDS == ["export", "plan", "report", "retry-failed", "run", "show", "status", "verify"]
+    assert COMMANDS == ["export", "plan", "report", "retry-failed", "run", "show", "status", "submit", "verify"]
     for name in COMMANDS:
         assert f"\n  {name} " in result.stdout
 
@@ -257,14 +259,15 @@ def test_run_refuses_a_wrong_job_before_anything_heavy_is_imported(tmp_path: Pat
 
 
 def test_plan_says_what_run_would_do_and_writes_nothing(job_file: Path, tmp_path: Path) -> None:
-    result = command("plan", job_file, "--json", "--set", "execution.rows_per_unit=8")
+    result = command("plan", job_file, "--json", "--sample", "0", "--set", "execution.rows_per_unit=8")
     assert result.exit_code == 0
     written = only_object(result)
     assert (written["num_shards"], written["num_rows"], written["num_units"]) == (1, 20, 3)
     assert (written["num_rows_pending"], written["num_rows_committed"]) == (20, 0)
     assert written["is_new"] is True
+    assert (written["prompts"], written["memory"], written["estimate"]) == (None, None, None)
     assert not (tmp_path / "out").exists()
-    text = command("plan", job_file)
+    text = command("plan", job_file, "--sample", "0")
     assert text.exit_code == 0
     assert "begins a new output" in text.stdout
 

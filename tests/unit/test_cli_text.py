@@ -19,6 +19,8 @@ from batchinfer.cluster.prepare import Preparation, prepare
 from batchinfer.cluster.result import GivenUpUnit, JobResult
 from batchinfer.records import UnreadableShard
 from batchinfer.report import Holder, LastRun, Status
+from batchinfer.report.run_now import RunNow
+from batchinfer.telemetry import ReplicaLook
 from tests.jobs import fake_job, model_without_weights, write_input
 from tests.outputs import finished_job
 
@@ -159,6 +161,28 @@ def test_the_status_names_holder_and_last_run(capsys: pytest.CaptureFixture[str]
     assert "shards 3 (1 unreadable)" in lines
     assert "held by run run-9, host gpu-17, process 4242, last beat 2026-01-02T03:05:05+00:00" in lines
     assert any("2 units, 1,000 tokens (100/s), 1 replicas died, 2 unit failures" in line for line in lines)
+
+
+def test_the_status_of_a_run_that_goes_on_shows_its_replicas_and_the_time_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replicas = (
+        ReplicaLook(0, "running", "node", "cuda:0", 3, 100.0, 200.0, 0.9, 0.5, 0.01),
+        ReplicaLook(1, "starting"),
+    )
+    now = RunNow("run-9", 100.0, 200.0, 3, eta_s=720.0, eta_low_s=600.0, replicas=replicas)
+    print_status(replace(STATUS, num_dead_letters=9, dead_letters_by_type={"empty": 2, "[too]_long": 6}, run_now=now))
+    lines = lines_of(capsys)
+    for line in (
+        "dead letters 9 ([too]_long 6, empty 2)",
+        "now 100 in 200 out tok/s, 3 units in flight",
+        "time left 12m00s (10m00s or more)",
+        "0 running node cuda:0 100 200 90% 50% 1% 3",
+        "1 starting",
+    ):
+        assert line in lines
+    print_status(replace(STATUS, run_now=RunNow("run-9", num_units_in_flight=2)))
+    assert "now 2 units in flight" in lines_of(capsys)
 
 
 def test_the_status_of_an_idle_output_names_neither(capsys: pytest.CaptureFixture[str]) -> None:

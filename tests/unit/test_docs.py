@@ -20,7 +20,7 @@ from batchinfer.spec import JobSpec
 ROOT = Path(batchinfer.__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-JOB_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").glob("*.yaml"))
+JOB_FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "jobs").rglob("*.yaml"))
 
 #: Keys for tests and tuning that the README's block leaves out.
 NOT_IN_README = {"engine.fake"}
@@ -64,7 +64,7 @@ def spec_keys(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(main.commands))
 def test_every_command_stands_in_the_table(name: str) -> None:
-    argument = {"job": "JOB", "output": "OUTPUT"}[str(main.commands[name].params[0].name)]
+    argument = {"job": "JOB", "output": "OUTPUT", "shell": "SHELL"}[str(main.commands[name].params[0].name)]
     assert f"\n| `batchinfer {name} {argument}` | " in section("Commands")
 
 
@@ -116,9 +116,9 @@ def test_every_job_file_loads_and_is_linked(path: str) -> None:
 
 
 def test_every_job_file_named_anywhere_exists() -> None:
-    named = set(re.findall(r"jobs/[\w-]+\.yaml", README + MAKEFILE))
+    named = set(re.findall(r"jobs/[\w/-]+\.yaml", README + MAKEFILE))
     for path in JOB_FILES:
-        named |= set(re.findall(r"jobs/[\w-]+\.yaml", (ROOT / path).read_text(encoding="utf-8")))
+        named |= set(re.findall(r"jobs/[\w/-]+\.yaml", (ROOT / path).read_text(encoding="utf-8")))
     assert named == set(JOB_FILES)
 
 
@@ -201,3 +201,13 @@ def test_every_path_the_readme_names_exists() -> None:
     assert len(rooms) > 5
     assert len(inside) > 10
     assert missing == []
+
+
+def test_the_messages_to_look_up_are_those_that_are_written() -> None:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "batchinfer").rglob("*.py"))
+    # A message that goes over several lines of source is one.
+    written = re.sub(r'"\s*\n\s*f?"', "", sources)
+    told = re.findall(r"^\| (`.+?`) \|", section("Troubleshooting"), re.MULTILINE)
+    fragments = [fragment for cell in told for fragment in re.findall(r"`([^`]+)`", cell)]
+    assert len(fragments) > 30
+    assert [fragment for fragment in fragments if fragment not in written] == []

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from batchinfer.fingerprint import Fingerprint, diff, fingerprint, redacted_spec
+from batchinfer.fingerprint import ADDED_KEYS, Fingerprint, diff, fingerprint, redacted_spec
 from batchinfer.spec import JobSpec
 
 IDENTITY = {"config": "c0ffee", "weights": "abc"}
@@ -97,8 +97,27 @@ def test_every_prompt_and_sampling_field_is_a_part() -> None:
     spec, parts = job(), of().parts
     names = [f"prompt.{name}" for name in type(spec.prompt).model_fields]
     names += [f"sampling.{name}" for name in type(spec.sampling).model_fields]
-    assert set(names) <= set(parts)
+    assert set(names) - set(ADDED_KEYS) <= set(parts)
     assert all(isinstance(json.loads(text), object) for text in parts.values())
+
+
+def test_keys_added_later_count_once_they_say_something() -> None:
+    spec = job()
+    defaults = {f"prompt.{name}": value for name, value in spec.prompt.model_dump().items()}
+    defaults |= {f"sampling.{name}": value for name, value in spec.sampling.model_dump().items()}
+    assert {name: defaults[name] for name in ADDED_KEYS} == ADDED_KEYS
+    assert not set(ADDED_KEYS) & set(of().parts)
+    steered = of(sampling__regex="a|b")
+    assert steered.parts.items() - of().parts.items() == {("sampling.regex", '"a|b"')}
+    assert steered.digest != of().digest
+
+
+def test_a_schema_is_its_members_in_their_order_however_it_is_written() -> None:
+    members = {"b": {"type": "integer"}, "a": {"type": "string"}}
+    schema = {"type": "object", "properties": members}
+    turned = {"type": "object", "properties": dict(reversed(members.items()))}
+    assert of(sampling__json_schema=schema) == of(sampling__json_schema=json.dumps(schema, indent=1))
+    assert of(sampling__json_schema=schema) != of(sampling__json_schema=turned)
 
 
 def test_the_diff_names_what_changed_on_both_sides() -> None:
@@ -142,4 +161,4 @@ def test_the_redacted_spec_holds_no_credentials_and_is_json() -> None:
     assert '"secret": "***"' in text
     assert '"s3://***@bucket/a", "b"' in text
     assert clean["name"] == "job"
-    assert redacted_spec(job())["input"] == {"path": "i", "format": "parquet", "storage_options": {}}
+    assert redacted_spec(job())["input"] == {"path": "i", "format": "auto", "storage_options": {}}

@@ -116,10 +116,10 @@ def test_all_problems_are_reported_together_in_the_files_order(tmp_path: Path) -
     assert problems(tmp_path, text, "sampling.n=0") == [
         "job.yaml:1:18: model.dtype: expected 'bfloat16', 'float16' or 'float32', got 'bf16'",
         "job.yaml:2:1: input.path: missing; the job needs it and there is no default",
-        "job.yaml:3:1: prompt: give exactly one of text, messages, template, token_ids (given: none)",
+        "job.yaml:3:1: prompt: give exactly one of text, messages, template, token_ids, turns, request (given: none)",
         "job.yaml:4:19: output.comprssion: unknown key; did you mean 'compression'?",
         "job.yaml:5:1: foo: unknown key; known keys here: name, model, input, prompt, sampling, output, engine, "
-        "cluster, execution",
+        "cluster, execution, quality, telemetry",
         "--set sampling.n=0: expected at least 1, got 0",
     ]
 

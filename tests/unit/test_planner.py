@@ -57,7 +57,7 @@ def test_a_directory_is_searched_at_every_depth_and_hidden_names_are_skipped(
         plan = planned(root)
     assert paths_of(plan) == ["a/deep/y.parquet", "a/x.parquet", "b.parquet"]
     assert [shard.num_rows for shard in plan.shards] == [0, 7, 25]
-    assert "1 files that are not *.parquet are left out, such as notes.txt" in caplog.text
+    assert "1 files that are not shards by their name are left out, such as notes.txt" in caplog.text
 
 
 def test_a_file_is_a_shard_named_by_itself(root: Path) -> None:
@@ -270,6 +270,11 @@ def test_each_distinct_schema_comes_once_with_an_example(tmp_path: Path) -> None
         ("0.parquet", "string"),
         ("1.parquet", "int64"),
     ]
+
+
+def test_a_job_that_needs_no_column_reads_one_so_that_its_rows_are_counted(tmp_path: Path) -> None:
+    schemas = plan_input([str(_written(tmp_path, pa.table({"id": [1], "text": ["a"]})))], None, 10).schemas
+    assert columns_to_read(schemas, set(), []) == (pa.schema([("id", pa.int64())]), ())
 
 
 def test_a_missing_column_names_shard_column_and_the_nearest_one(tmp_path: Path) -> None:

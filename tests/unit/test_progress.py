@@ -1,4 +1,4 @@
-"""How progress is drawn: a bar on a terminal, a line every ten seconds elsewhere, nothing in a library."""
+"""How progress is shown: a live view on a terminal, a line every ten seconds elsewhere, nothing in a library."""
 
 import io
 import logging
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from batchinfer.progress import LineProgress, LiveProgress, ProgressView, SilentProgress
-from batchinfer.telemetry import EngineUse, RunProgress
+from batchinfer.telemetry import ReplicaLook, RunProgress
 
 
 def look(elapsed_s: float, num_finished: int = 0, **values: Any) -> RunProgress:
@@ -42,42 +42,32 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_the_bar_shows_rows_rates_replicas_dead_letters_and_the_time_left() -> None:
+def test_the_live_view_draws_every_look() -> None:
     console = terminal()
     view = LiveProgress(console)
-    view.show(
-        look(
-            5.0,
-            50,
-            prompt_tokens_per_s=1234.0,
-            completion_tokens_per_s=567.0,
-            num_replicas_ready=3,
-            num_replicas_starting=1,
-            num_dead_letters=4,
-            eta_s=75.0,
-            engines=EngineUse(48, 64, kv_use=0.63, idle_share=0.02),
-        )
-    )
+    view.show(look(5.0, 50, replicas=(ReplicaLook(3, "running", node="node-a"),)))
+    view.show(look(6.0, 60, eta_s=75.0))
     view.close()
     shown = written(console)
-    assert "250/1000" in shown
-    pieces = ("1,234 in 567 out tok/s", "3+1 starting replicas", "batch 75%, KV 63%, idle 2%", "4 dead letters")
-    for piece in (*pieces, "ETA 1m15s"):
+    for piece in ("250 of 1,000 rows", "node-a", "260 of 1,000 rows", "ETA 1m15s"):
         assert piece in shown
 
 
-def test_the_bar_leaves_out_what_there_is_not() -> None:
+def test_the_live_view_follows_the_terminals_width() -> None:
     console = terminal()
     view = LiveProgress(console)
-    view.show(look(5.0, num_replicas_ready=1))
+    replicas = (ReplicaLook(3, "running", node="node-a"),)
+    view.show(look(5.0, replicas=replicas))
+    assert "node-a" in written(console)
+    console.file = io.StringIO()
+    console.width = 80
+    view.show(look(6.0, replicas=replicas))
+    assert "running" in written(console)
+    assert "node-a" not in written(console)
     view.close()
-    shown = written(console)
-    assert "1 replicas" in shown
-    assert "dead letters" not in shown
-    assert "ETA" not in shown
 
 
-def test_closing_the_bar_gives_the_cursor_back() -> None:
+def test_closing_the_view_gives_the_cursor_back() -> None:
     console = terminal()
     view = LiveProgress(console)
     view.show(look(1.0))

@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchinfer.job_file import load_job
+from batchinfer.planner import plan_input
 from batchinfer.prompts import check_schema
+from batchinfer.prompts.columns import json_text_columns
 from tests.tiny import EXAONE3_TEMPLATE
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -33,11 +35,14 @@ def test_every_shard_has_the_same_plain_schema() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_ready_job_file_fits_the_prompts(path: Path) -> None:
+def test_every_ready_job_file_fits_the_rows_it_names(path: Path) -> None:
     spec = load_job(path, environment={})
-    for shard in SHARDS:
-        check_schema(spec.prompt, spec.sampling, pq.read_schema(shard), shard.name)
-        assert set(spec.output.columns or ()) <= set(pq.read_schema(shard).names)
+    (name,) = spec.input.paths
+    found = plan_input([str(JOBS.parent / name)], None, 1024, json_text_columns=json_text_columns(spec.prompt))
+    assert found.schemas
+    for each in found.schemas:
+        check_schema(spec.prompt, spec.sampling, each.schema, each.example.path)
+        assert set(spec.output.columns or ()) <= set(each.schema.names)
 
 
 def test_both_languages_are_there_in_at_least_sixty_six_distinct_rows(rows: list[dict[str, object]]) -> None:

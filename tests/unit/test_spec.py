@@ -69,7 +69,9 @@ def test_sampling_params_keep_every_value() -> None:
         "logprobs": 2,
     }
     params = dataclasses.asdict(SamplingSpec.model_validate(values).params())
-    assert params == values | {"stop": ("a",), "stop_token_ids": (7,)}
+    unset = {"choices": (), "json_schema": None, "regex": None}
+    assert params == values | {"stop": ("a",), "stop_token_ids": (7,)} | unset
+    assert SamplingSpec(choices=["yes", "no"]).params() == SamplingParams(choices=("yes", "no"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Rates over a window, times for people, the one plain line, and logging that commands alone configure."""
 
 import logging
+import math
 
 import pytest
 
@@ -12,6 +13,7 @@ from batchinfer.telemetry import (
     configure_logging,
     duration,
     progress_line,
+    time_left,
 )
 
 
@@ -107,6 +109,19 @@ def test_the_line_says_what_matters_and_leaves_out_what_is_not_there() -> None:
 def test_the_line_says_how_busy_the_engines_are(use: EngineUse, text: str) -> None:
     line = progress_line(RunProgress(num_replicas_ready=2, engines=use))
     assert line.partition("2 replicas")[2] == text
+
+
+@pytest.mark.parametrize(
+    ("range_s", "text"),
+    [
+        (None, "12m00s"),
+        ((600.0, 905.0), "12m00s (10m00s to 15m05s)"),
+        ((600.0, math.inf), "12m00s (10m00s or more)"),
+        ((720.1, 720.2), "12m00s"),
+    ],
+)
+def test_the_time_left_shows_a_range_where_there_is_one(range_s: tuple[float, float] | None, text: str) -> None:
+    assert time_left(720.0, range_s) == text
 
 
 def test_logging_goes_to_stderr_with_ours_at_info_and_others_at_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from batchinfer.cluster.engine_loop import EngineClosed, EngineFailed, EngineLoop, Snapshot
 from batchinfer.engine.engine import Generation, Partial, Sequence
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine, FakeEngineFault
-from batchinfer.records import Prompt, SamplingParams
+from batchinfer.records import Conversation, Prompt, RowError, SamplingParams
 
 
 def sequences(unit: str, count: int, max_new_tokens: int = 4) -> list[Sequence]:
@@ -322,4 +323,166 @@ def test_time_without_work_is_counted_and_time_with_it_is_not(threads: ThreadPoo
     assert loop.idle_s == busy_s
     engine.open()
     waiting.result(10)
+    loop.close()
+
+
+def conversations(unit: str, count: int, num_turns: int) -> list[Sequence]:
+    conversation = Conversation(("?",) * num_turns, SamplingParams(max_new_tokens=4))
+    return [
+        replace(sequence, prompt=replace(sequence.prompt, conversation=conversation))
+        for sequence in sequences(unit, count)
+    ]
+
+
+def next_turn(end: Generation) -> Sequence:
+    prompt = end.sequence.prompt
+    assert prompt.conversation is not None
+    longer = replace(prompt.conversation, answers=(*prompt.conversation.answers, "!"))
+    return Sequence(replace(prompt, token_ids=(*prompt.token_ids, *end.token_ids, 9), conversation=longer))
+
+
+def turns_of(ends: Iterable[Generation]) -> list[tuple[str, int]]:
+    return sorted((end.sequence.prompt.row_id, end.sequence.turn) for end in ends)
+
+
+class Conversing(FakeEngine):
+    """Remembers whose next turns were called off."""
+
+    def __init__(self, capacity: int = 256) -> None:
+        super().__init__(capacity=capacity)
+        self.called_off: list[tuple[str, int]] = []
+
+    def abort(self, sequence_ids: Iterable[tuple[str, int]]) -> None:
+        self.called_off += sequence_ids
+
+
+def test_every_turn_follows_the_one_before_it_and_all_are_returned(threads: ThreadPoolExecutor) -> None:
+    loop = EngineLoop(FakeEngine(capacity=3))
+    followers: set[str] = set()
+
+    def follow_up(end: Generation) -> Sequence:
+        followers.add(threading.current_thread().name.partition("_")[0])
+        return next_turn(end)
+
+    answers = {
+        unit: threads.submit(loop.generate, conversations(unit, 5, num_turns), lambda snapshot: None, follow_up)
+        for unit, num_turns in (("a", 1), ("b", 2), ("c", 4))
+    }
+    for (unit, answer), num_turns in zip(answers.items(), (1, 2, 4), strict=True):
+        expected = [(f"{unit}:{row}", turn) for row in range(5) for turn in range(num_turns)]
+        assert turns_of(answer.result(10)) == expected
+    assert followers == {"turns"}, "neither on the engine's thread nor on the caller's"
+    loop.close()
+
+
+def test_the_engine_goes_on_while_a_next_turn_is_made(threads: ThreadPoolExecutor) -> None:
+    """1. a's only conversation is between two turns  2. b is generated all the same  3. a goes on"""
+    loop = EngineLoop(FakeEngine())
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def slow(end: Generation) -> Sequence:
+        asked.set()
+        assert may_answer.wait(10)
+        return next_turn(end)
+
+    first = threads.submit(loop.generate, conversations("a", 1, 2), lambda snapshot: None, slow)
+    assert asked.wait(10)
+    assert len(loop.generate(sequences("b", 3))) == 3
+    assert not first.done()
+    may_answer.set()
+    assert turns_of(first.result(10)) == [("a:0", 0), ("a:0", 1)]
+    loop.close()
+
+
+def test_a_turn_that_cannot_be_asked_ends_its_conversation_and_no_other() -> None:
+    engine = Conversing()
+    loop = EngineLoop(engine)
+
+    def refuse_first_row(end: Generation) -> Sequence | Generation:
+        following = next_turn(end)
+        if end.sequence.prompt.row_id != "a:0":
+            return following
+        return Generation(following, (), "length", error=RowError("a:0", "too_long", "turn 2 of 3: too long"))
+
+    ends = loop.generate(conversations("a", 3, 3), follow_up=refuse_first_row)
+    assert turns_of(ends) == [("a:0", 0), ("a:0", 1), *((f"a:{row}", turn) for row in (1, 2) for turn in range(3))]
+    assert [end.error.error_type for end in ends if end.error is not None] == ["too_long"]
+    assert loop.generate(sequences("b", 1)), "the engine has seen to all that came before"
+    assert engine.called_off == [("a:0", 0)]
+    loop.close()
+
+
+def test_a_follow_up_that_raises_fails_its_caller_alone_once_nothing_of_it_is_in_the_engine() -> None:
+    engine = Conversing(capacity=1)
+    loop = EngineLoop(engine)
+
+    def broken(end: Generation) -> Sequence:
+        raise ZeroDivisionError("a mistake of ours")
+
+    with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
+        loop.generate(conversations("a", 3, 2), follow_up=broken)
+    assert engine.num_unfinished == 0
+    # So the unit may be tried again here, under the same ids.
+    assert len(loop.generate(conversations("a", 3, 2), follow_up=next_turn)) == 6
+    loop.close()
+
+
+def test_a_close_between_two_turns_tells_of_those_that_ended(threads: ThreadPoolExecutor) -> None:
+    loop = EngineLoop(FakeEngine(), snapshot_interval_s=60.0)
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def slow(end: Generation) -> Sequence:
+        asked.set()
+        assert may_answer.wait(10)
+        return next_turn(end)
+
+    told: list[Snapshot] = []
+    waiting = threads.submit(loop.generate, conversations("a", 1, 2), told.append, slow)
+    assert asked.wait(10)
+    loop.close()
+    with pytest.raises(EngineClosed):
+        waiting.result(10)
+    may_answer.set()
+    assert [turns_of(snapshot.ended) for snapshot in told] == [[("a:0", 0)]]
+
+
+def test_an_engine_that_breaks_between_two_turns_of_a_caller_fails_it(threads: ThreadPoolExecutor) -> None:
+    class Breaking(FakeEngine):
+        def submit(self, sequences: Iterable[Sequence]) -> None:
+            batch = list(sequences)
+            if any(sequence.prompt.row_id.startswith("b") for sequence in batch):
+                raise RuntimeError("CUDA error")
+            super().submit(batch)
+
+    loop = EngineLoop(Breaking())
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def slow(end: Generation) -> Sequence:
+        asked.set()
+        assert may_answer.wait(10)
+        return next_turn(end)
+
+    told: list[Snapshot] = []
+    waiting = threads.submit(loop.generate, conversations("a", 1, 2), told.append, slow)
+    assert asked.wait(10)
+    with pytest.raises(EngineFailed, match="CUDA error"):
+        loop.generate(sequences("b", 1))
+    with pytest.raises(EngineFailed, match="CUDA error"):
+        waiting.result(10)
+    may_answer.set()
+    assert [turns_of(snapshot.ended) for snapshot in told] == [[("a:0", 0)]]
+    loop.close()
+
+
+def test_snapshots_keep_coming_where_the_engine_idles_between_turns() -> None:
+    """One conversation alone: each of its turns is over at once, all of them together are not."""
+    loop = EngineLoop(FakeEngine(), snapshot_interval_s=0.05)
+    told: list[Snapshot] = []
+
+    def slow(end: Generation) -> Sequence:
+        time.sleep(0.03)
+        return next_turn(end)
+
+    assert len(loop.generate(conversations("a", 1, 8), told.append, slow)) == 8
+    assert sum(len(snapshot.ended) for snapshot in told) > 3
     loop.close()

@@ -14,7 +14,8 @@ import pytest
 from batchinfer.cluster.engine_loop import EngineClosed, EngineFailed, EngineLoop
 from batchinfer.cluster.journal_keeper import JournalKeeper
 from batchinfer.cluster.messages import Assignment, Drained, ProbeResult
-from batchinfer.cluster.unit_pipeline import KILLED_REPLICA, Texts, UnitPipeline
+from batchinfer.cluster.texts import Texts
+from batchinfer.cluster.unit_pipeline import KILLED_REPLICA, UnitPipeline
 from batchinfer.detokenise import Detokenizer
 from batchinfer.engine.engine import Generation
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine

@@ -15,7 +15,8 @@ from batchinfer.cluster.engine_loop import EngineLoop
 from batchinfer.cluster.journal_keeper import JournalKeeper
 from batchinfer.cluster.messages import Assignment, RetryScope
 from batchinfer.cluster.retry_unit import UnitRetry
-from batchinfer.cluster.unit_pipeline import Texts, UnitPipeline
+from batchinfer.cluster.texts import Texts
+from batchinfer.cluster.unit_pipeline import UnitPipeline
 from batchinfer.detokenise import Detokenizer
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine
 from batchinfer.models.tokenizer import load_tokenizer

@@ -47,7 +47,8 @@ def test_events_held_back_are_written_first_when_the_run_begins(spec: JobSpec, t
         record.begin()
         record.begin()
         record.event("replica_ready", replica=0)
-        record.unit_committed(0, UnitResult("unit", 16, 15, 1, 160, 90, 0.12345))
+        dead = {"too_long": 1}
+        record.unit_committed(0, UnitResult("unit", 16, 15, 1, 160, 90, 0.12345, dead_letters_by_type=dead))
     events = list(read_events(preparation.output))
     assert [event["event"] for event in events] == [
         "run_started",
@@ -59,6 +60,7 @@ def test_events_held_back_are_written_first_when_the_run_begins(spec: JobSpec, t
     assert events[0]["num_units_pending"] == 3
     assert events[-1]["num_completion_tokens"] == 90
     assert events[-1]["elapsed_s"] == 0.123
+    assert events[-1]["dead_letters_by_type"] == {"too_long": 1}
     assert (tmp_path / "out" / "_job" / "runs" / f"{RUN_ID}.jsonl").exists()
 
 

@@ -11,7 +11,8 @@ import pytest
 from batchinfer.cluster.engine_loop import EngineFailed, EngineLoop
 from batchinfer.cluster.journal_keeper import JournalKeeper
 from batchinfer.cluster.messages import Assignment
-from batchinfer.cluster.unit_pipeline import SHARD_CORRUPT, Texts, UnitPipeline
+from batchinfer.cluster.texts import Texts
+from batchinfer.cluster.unit_pipeline import SHARD_CORRUPT, UnitPipeline
 from batchinfer.detokenise import Detokenizer
 from batchinfer.engine.engine import Engine, EngineStats, Generation, Partial, Sequence
 from batchinfer.engine.fake import FakeBehaviour, FakeEngine
@@ -184,7 +185,7 @@ def test_one_failed_sample_makes_its_whole_row_a_dead_letter(tmp_path: Path, det
             return Generation(sequence, (), "stop", error=RowError(row_id, "too_large", "does not fit the device"))
         return Generation(sequence, (10, 11), "length")
 
-    desk = Desk(tmp_path, detokenizer, ScriptedEngine(answer), n=2)
+    desk = Desk(tmp_path, detokenizer, ScriptedEngine(answer), n=2, temperature=1.0)
     desk.write(["zero", "one", "two"])
     result = desk.run()
     assert [(row["id"], row["sample"]) for row in desk.completions()] == [(0, 0), (0, 1), (2, 0), (2, 1)]

@@ -5,7 +5,7 @@ tokens. Copies first, then all writes of the step, then all reads, as on a devic
 """
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from random import Random
 
@@ -14,6 +14,17 @@ from batchinfer.engine.scheduler_limits import Limits
 from batchinfer.engine.step_plan import StepPlan
 
 _EMPTY = -1
+
+
+@dataclass(frozen=True)
+class NextTurn:
+    """How a conversation goes on: behind which share of the tokens so far, with how many new ones, after how long."""
+
+    share: float = 1.0
+    num_new: int = 2
+    delay: int = 1
+    #: It does not come after all.
+    is_dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,8 @@ class Job:
     family: Hashable = None
     #: Tokens that an earlier try has generated.
     num_generated: int = 0
+    #: Turns to come; each stops where this one does.
+    turns: tuple[NextTurn, ...] = ()
 
 
 @dataclass
@@ -64,8 +77,10 @@ class ArenaModel:
         self._names: dict[tuple[int, int], int] = {}
         self._prefix_sources: dict[int, tuple[int, int]] = {}
         self._stopped: list[tuple[int, int]] = []
+        #: (step, sequence) of conversations whose next turn is on its way.
+        self.pending: list[tuple[int, int]] = []
 
-    def submit(self, jobs: Iterable[Job]) -> list[int]:
+    def submit(self, jobs: Iterable[Job], continues: int | None = None) -> list[int]:
         sequences = []
         for job in jobs:
             sequence = next(self.numbers)
@@ -73,7 +88,15 @@ class ArenaModel:
             # As many as an arena of this size could have given it.
             fitting = self.scheduler.fitting(len(job.prompt), job.max_new_tokens)
             num_generated = min(job.num_generated, fitting - 1)
-            token_limit = self.scheduler.add(sequence, job.prompt, job.max_new_tokens, family, num_generated)
+            token_limit = self.scheduler.add(
+                sequence,
+                job.prompt,
+                job.max_new_tokens,
+                family,
+                num_generated,
+                keeps=bool(job.turns),
+                continues=continues,
+            )
             tokens = [*job.prompt, *([_generated(sequence)] * num_generated)]
             track = Track(job, token_limit, len(self.tracks), tokens, num_sampled=num_generated)
             self._extend(track)
@@ -83,6 +106,7 @@ class ArenaModel:
 
     def step(self) -> StepPlan | None:
         """Plan, carry out, then finish what the step ``lag`` steps ago has shown to be at its end."""
+        self._submit_next_turns()
         plan = self.scheduler.plan()
         self.step_number += 1
         if plan is not None:
@@ -93,10 +117,31 @@ class ArenaModel:
         for sequence in due:
             if sequence in self.live:
                 del self.live[sequence]
-                self.tracks[sequence].finished_at = self.step_number
-                self.scheduler.finish(sequence)
+                self._finish(sequence)
         assert plan is not None or due or not self.live, "nothing planned, but sequences are left"
         return plan
+
+    def _finish(self, sequence: int) -> None:
+        track = self.tracks[sequence]
+        track.finished_at = self.step_number
+        del track.tokens[len(track.job.prompt) + track.stops_at :]
+        self.scheduler.finish(sequence, tuple(track.tokens))
+        if track.job.turns:
+            self.pending.append((self.step_number + track.job.turns[0].delay, sequence))
+
+    def _submit_next_turns(self) -> None:
+        due = [sequence for step, sequence in self.pending if step <= self.step_number]
+        self.pending = [it for it in self.pending if it[1] not in due]
+        for sequence in due:
+            track = self.tracks[sequence]
+            turn, *later = track.job.turns
+            new = tuple(2_000_000 + sequence * 100 + index for index in range(turn.num_new))
+            prompt = (*track.tokens[: round(turn.share * len(track.tokens))], *new)
+            if turn.is_dropped or len(prompt) >= self.limits.num_places // self.limits.granule * self.limits.granule:
+                self.scheduler.drop_kept(sequence)
+                continue
+            job = replace(track.job, prompt=prompt, family=None, num_generated=0, turns=tuple(later))
+            self.submit([job], continues=sequence)
 
     def abort(self, sequence: int) -> None:
         del self.live[sequence]
@@ -104,7 +149,7 @@ class ArenaModel:
 
     def run(self, *, check: bool = True) -> None:
         """Until everything submitted has finished; nothing is left in the arena then."""
-        while self.live:
+        while self.live or self.pending:
             self.step()
             if check:
                 self.scheduler.check()
@@ -203,10 +248,25 @@ def _generated(sequence: int) -> int:
     return 1_000_000 + sequence
 
 
-def random_jobs(dice: Random, num_jobs: int, *, max_prompt: int, max_new: int, shared: int = 0) -> list[Job]:
+def random_turns(dice: Random, max_turns: int) -> tuple[NextTurn, ...]:
+    """Mostly behind all tokens so far, now and then behind some or none of them; the last one may not come."""
+    return tuple(
+        NextTurn(
+            share=dice.choice((1.0, 1.0, 1.0, dice.random(), 0.0)),
+            num_new=dice.randint(1, 6),
+            delay=dice.choice((0, 1, 1, 2, 9)),
+            is_dropped=dice.random() < 0.1,
+        )
+        for _ in range(dice.randint(0, max_turns))
+    )
+
+
+def random_jobs(
+    dice: Random, num_jobs: int, *, max_prompt: int, max_new: int, shared: int = 0, max_turns: int = 0
+) -> list[Job]:
     """Ragged prompts, some from templates of up to ``shared`` tokens, some in families of up to four samples.
 
-    Every fifth or so begins with tokens of an earlier try.
+    Every fifth or so begins with tokens of an earlier try; conversations have up to ``max_turns`` turns more.
     """
     templates = [tuple(dice.randrange(50) for _ in range(dice.randint(1, shared))) for _ in range(3)] if shared else []
     jobs: list[Job] = []
@@ -219,5 +279,6 @@ def random_jobs(dice: Random, num_jobs: int, *, max_prompt: int, max_new: int, s
             family = ("family", len(jobs) // 4, prompt) if num_samples > 1 else None
             stop_after = min(limit, 1 + int(dice.expovariate(3 / max_new)))
             num_generated = dice.randrange(stop_after) if dice.random() < 0.2 else 0
-            jobs.append(Job(prompt, limit, stop_after, family, num_generated))
+            turns = random_turns(dice, max_turns) if max_turns else ()
+            jobs.append(Job(prompt, limit, stop_after, family, num_generated, turns))
     return jobs

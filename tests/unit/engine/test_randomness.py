@@ -62,3 +62,15 @@ def test_randomness_and_the_fake_engine_import_no_torch() -> None:
         "batchinfer.engine.batching; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_turns_have_streams_of_their_own_and_the_first_one_that_of_a_row_without_turns() -> None:
+    assert stream_key(3, "s:1", 2, turn=0) == stream_key(3, "s:1", 2)
+    fours = [
+        (seed, row, sample, turn)
+        for seed in (1, 12)
+        for row in ("1", "2\0 1")
+        for sample in (0, 1)
+        for turn in (0, 1, 2)
+    ]
+    assert len({stream_key(*four) for four in fours}) == len(fours)

@@ -362,7 +362,7 @@ class TestSharedPrefixes:
         model = ArenaModel(replace(SHARING, max_step_tokens=12, max_rows=12))
         sequences = model.submit(self.template_jobs(5))
         planned(model)
-        assert model.scheduler._prefixes.evict(), "as for a row that must grow"
+        assert model.scheduler._room.prefixes.evict(), "as for a row that must grow"
         model.run()
         chunks = [chunk for plan in model.plans for chunk in plan.prefill if chunk.holder in sequences]
         assert {chunk.holder for chunk in chunks if not chunk.prefix_length} == {sequences[0]}
@@ -425,7 +425,10 @@ def test_any_jobs_in_any_limits_read_the_right_places_and_finish(limits: Limits,
     dice = Random(seed)
     model = ArenaModel(limits, lag)
     for _ in range(3):
-        model.submit(random_jobs(dice, dice.randint(1, 12), max_prompt=18, max_new=dice.choice((3, 20, 60)), shared=20))
+        max_new, max_turns = dice.choice((3, 20, 60)), dice.choice((0, 3))
+        model.submit(
+            random_jobs(dice, dice.randint(1, 12), max_prompt=18, max_new=max_new, shared=20, max_turns=max_turns)
+        )
         for _ in range(dice.randint(0, 30)):
             model.step()
             model.scheduler.check()
@@ -456,7 +459,12 @@ def soak(num_sequences: int, seed: int) -> Counters:
         model = ArenaModel(limits, lag=dice.randint(0, 2))
         for _ in range(10):
             jobs = random_jobs(
-                dice, 20, max_prompt=dice.choice((5, 20)), max_new=dice.choice((3, 20, 60)), shared=dice.choice((0, 20))
+                dice,
+                20,
+                max_prompt=dice.choice((5, 20)),
+                max_new=dice.choice((3, 20, 60)),
+                shared=dice.choice((0, 20)),
+                max_turns=dice.choice((0, 2)),
             )
             num_sequences -= len(model.submit(jobs))
             while len(model.live) > 10:
@@ -481,6 +489,8 @@ def every_rule_was_put_to_work(totals: Counters, times: int) -> bool:
             totals.num_growths,
             totals.num_copied_places,
             totals.num_chunked_prefills,
+            totals.num_kept_hits,
+            totals.num_kept_evicted,
         )
         > times
     )

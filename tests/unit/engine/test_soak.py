@@ -124,12 +124,13 @@ def assert_empty(engine: ContinuousEngine) -> None:
     scheduler.check()
     counters = engine.counters
     assert (counters.num_running, counters.num_waiting, counters.num_places_used) == (0, 0, 0)
-    forecast, prefixes, index = scheduler._forecast, scheduler._prefixes, scheduler._prefixes._index
+    room = scheduler._room
+    forecast, prefixes, index = room._forecast, room.prefixes, room.prefixes._index
     kept = (
         *(engine._rows, engine._number_of, engine._flights, engine._ended, engine._failed_alone_at),
         *(scheduler._rows, scheduler._prefill, scheduler._decode, scheduler._complete, scheduler._ending),
         *(forecast._rows, forecast._spans, forecast._ending),
-        *(prefixes, index, index._root._children, index._families._children),
+        *(room.kept, prefixes, index, index._root._children, index._families._children),
     )
     assert [len(held) for held in kept] == [0] * len(kept)
 

@@ -105,3 +105,16 @@ def test_lines_of_several_threads_do_not_mix(output: Location) -> None:
     assert len(events) == 200
     for lane in range(4):
         assert [event["number"] for event in events if event["lane"] == lane] == list(range(50))
+
+
+def test_events_of_some_kinds_are_read_without_the_others(output: Location) -> None:
+    """A line that only speaks of a kind in its text is not of it."""
+    log = open_event_log(output, "20260101-a")
+    for kind in ("run_started", "unit_leased", "unit_committed", "unit_failed", "unit_committed"):
+        log.add(kind, error='"event": "unit_committed"')
+    log.close()
+    assert names(list(read_events(output, ["run_started", "unit_committed"]))) == [
+        "run_started",
+        "unit_committed",
+        "unit_committed",
+    ]

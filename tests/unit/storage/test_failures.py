@@ -3,6 +3,7 @@
 import errno
 import logging
 import pickle
+from dataclasses import replace
 from http import HTTPStatus
 
 import aiohttp
@@ -10,7 +11,7 @@ import botocore.exceptions
 import pytest
 
 from batchinfer.errors import InputError, JobError, OutputError, StorageUnavailable
-from batchinfer.storage.failures import attempt, is_transient, lost_exclusive_create
+from batchinfer.storage.failures import RetryCount, attempt, is_transient, lost_exclusive_create
 from tests.outputs import NO_WAIT
 
 
@@ -207,3 +208,17 @@ def test_a_mistake_in_the_code_is_not_dressed_up_as_a_storage_error() -> None:
 
     with pytest.raises(KeyError):
         attempt("read_bytes", operation, "s3://bucket/a", JobError, NO_WAIT)
+
+
+def test_a_policy_counts_what_was_tried_again() -> None:
+    policy = replace(NO_WAIT, retries=RetryCount())
+    failures = [TimeoutError("slow"), ConnectionResetError("gone")]
+
+    def flaky() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    for _ in range(2):
+        assert attempt("read", flaky, "s3://bucket/x", OutputError, policy) == "done"
+    assert policy.retries.number == 2

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from batchinfer.storage.journal import (
     Journal,
     JournaledSequence,
     JournalWriter,
+    SequenceId,
     journaled_units,
     read_journal,
     remove_journal,
@@ -25,6 +27,7 @@ from batchinfer.storage.journal import (
 )
 from batchinfer.storage.layout import journal_directory
 from batchinfer.storage.location import Location
+from batchinfer.storage.segment import checksum, tokens_of
 
 UNIT = "0123456789abcdef-000000000-8"
 OTHER_UNIT = "0123456789abcdef-000000008-8"
@@ -56,7 +59,7 @@ def segments(output: Location) -> list[Path]:
 
 
 def found(output: Location, row: int = 0) -> JournaledSequence | None:
-    return read(output).sequences.get((ROWS[row], 0))
+    return read(output).sequences.get((ROWS[row], 0, 0))
 
 
 def test_what_is_read_is_what_was_written(output: Location) -> None:
@@ -190,7 +193,7 @@ def test_a_damaged_segment_is_named_and_left_out(
         journal = read(output)
     assert (journal.num_segments, journal.num_damaged) == (3, 1)
     assert path.name in caplog.text
-    assert journal.sequences == {(ROWS[0], 0): tokens(1, 2), (ROWS[2], 0): tokens(7, row=2)}
+    assert journal.sequences == {(ROWS[0], 0, 0): tokens(1, 2), (ROWS[2], 0, 0): tokens(7, row=2)}
 
 
 def test_a_flipped_bit_anywhere_is_noticed(output: Location) -> None:
@@ -327,14 +330,15 @@ def test_an_object_store_without_directories_serves_as_well() -> None:
 class World:
     """Holders of one unit, some of them zombies, and every sequence that each of them ever had.
 
-    Tokens come from the holder: one that does not take over what was read draws others than any before it.
+    Tokens come from the holder: one that does not take over what was read draws others than any before it. Where a
+    row's first turn has ended a second one follows, with a prompt that is made of the first one's tokens.
     """
 
     def __init__(self, output: Location, choices: random.Random) -> None:
         self._output = output
         self._choices = choices
-        self._holders: list[tuple[JournalWriter, dict[tuple[str, int], JournaledSequence]]] = []
-        self.histories: dict[tuple[str, int], set[JournaledSequence]] = {(row, 0): set() for row in ROWS}
+        self._holders: list[tuple[JournalWriter, dict[SequenceId, JournaledSequence]]] = []
+        self.histories: dict[SequenceId, set[JournaledSequence]] = defaultdict(set)
         self._num_tokens = 0
 
     def take_over(self) -> Journal:
@@ -352,7 +356,13 @@ class World:
         late = self._choices.random() < 0.3
         journal_writer, state = self._choices.choice(self._holders) if late else self._holders[-1]
         for row in self._choices.sample(ROWS, self._choices.randint(1, len(ROWS))):
-            state[(row, 0)] = self._grown(state.get((row, 0), JournaledSequence(row, 0)))
+            first = state[row, 0, 0] = self._grown(state.get((row, 0, 0), JournaledSequence(row, 0)))
+            if first.has_ended:
+                prompt = checksum(tokens_of(first.token_ids))
+                second = state.get((row, 0, 1))
+                if second is None or second.prompt_checksum != prompt:
+                    second = JournaledSequence(row, 0, turn=1, prompt_checksum=prompt)
+                state[row, 0, 1] = self._grown(second)
         journal_writer.flush(self._choices.sample(list(state.values()), len(state)))
 
     def _grown(self, sequence: JournaledSequence) -> JournaledSequence:
@@ -385,6 +395,33 @@ class World:
                 segment.write_replace(content[::-1], directory)
 
 
+def test_a_turn_counts_behind_its_own_prompt_only(output: Location) -> None:
+    """1. two holders end the first turn differently  2. the zombie writes a second turn  3. the later one does, too"""
+    zombie, ours = writer(output, run=0), writer(output, run=1)
+    zombie.flush([tokens(1, 2, finish_reason="stop"), tokens(7, 8, turn=1, prompt_checksum=12)])
+    ours.flush([tokens(1, 3, finish_reason="stop")])
+    second = (ROWS[0], 0, 1)
+    # Whoever reads it sees that its prompt is another one than the first turn's tokens make.
+    assert read(output).sequences[second] == tokens(7, 8, turn=1, prompt_checksum=12)
+    ours.flush([tokens(7, turn=1, prompt_checksum=13)])
+    assert read(output).sequences[second] == tokens(7, turn=1, prompt_checksum=13)
+    zombie.flush([tokens(7, 8, 9, turn=1, prompt_checksum=12)])
+    assert read(output).sequences[second] == tokens(7, turn=1, prompt_checksum=13)
+    successor = writer(output, run=2, known=read(output))
+    successor.flush([tokens(7, turn=1, prompt_checksum=14, finish_reason="stop")])
+    assert read(output).sequences[second] == tokens(7, turn=1, prompt_checksum=14, finish_reason="stop")
+
+
+def test_a_turn_is_not_gone_on_with_behind_equal_tokens_of_another_prompt(output: Location) -> None:
+    """1. two holders' second turns begin alike by chance  2. the segment that tells them apart is lost"""
+    former, later = writer(output, run=0), writer(output, run=1)
+    former.flush([tokens(7, 8, turn=1, prompt_checksum=12)])
+    later.flush([tokens(7, 8, turn=1, prompt_checksum=13)])
+    segments(output)[1].unlink()
+    later.flush([tokens(7, 8, 9, turn=1, prompt_checksum=13)])
+    assert read(output).sequences == {(ROWS[0], 0, 1): tokens(7, 8, turn=1, prompt_checksum=12)}
+
+
 def _check_histories(found: Iterable[JournaledSequence], world: World) -> None:
     for sequence in found:
         assert sequence in world.histories[sequence.sequence_id], f"{sequence} was never any holder's"
@@ -414,17 +451,17 @@ def test_without_damage_nothing_that_the_present_holder_wrote_is_lost(seed: int)
     """Holders follow each other without zombies: each reads all that was written before it."""
     output = in_memory()
     choices = random.Random(seed)
-    expected: dict[tuple[str, int], JournaledSequence] = {}
+    expected: dict[SequenceId, JournaledSequence] = {}
     for lease in range(choices.randint(1, 4)):
         known = read(output)
         assert known.sequences == expected
         ours = writer(output, choices.randrange(len(RUNS)), lease, known)
         for _ in range(choices.randint(1, 40)):
             row = choices.choice(ROWS)
-            before = expected.get((row, 0), JournaledSequence(row, 0))
+            before = expected.get((row, 0, 0), JournaledSequence(row, 0))
             if before.has_ended:
                 continue
             grown = replace(before, token_ids=(*before.token_ids, *(choices.randrange(9) for _ in range(3))))
-            expected[(row, 0)] = grown if choices.random() < 0.95 else replace(grown, finish_reason="length")
-            ours.flush([expected[(row, 0)]])
+            expected[row, 0, 0] = grown if choices.random() < 0.95 else replace(grown, finish_reason="length")
+            ours.flush([expected[row, 0, 0]])
     assert read(output).sequences == expected

@@ -1,4 +1,4 @@
-"""Export: every committed completion once, in the input's order if asked, readable by others."""
+"""Numbered files: every committed completion once, in the input's order if asked, readable by others."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from batchinfer import export as exporting
 from batchinfer.cli import main
 from batchinfer.errors import OutputError
-from batchinfer.export import export
+from batchinfer.export import export, numbered
 from batchinfer.records import Plan
 from batchinfer.storage.filesystem import locate
 from batchinfer.storage.layout import completions_part
@@ -38,7 +37,7 @@ def ids(target: Path) -> list[int]:
 
 
 def test_ordered_restores_the_input_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 2000)
+    monkeypatch.setattr(numbered, "MAX_FILE_BYTES", 2000)
     output, _ = two_shards(tmp_path)
     result = export(str(output), str(tmp_path / "copy"), ordered=True)
     assert result.num_files > 2
@@ -65,17 +64,17 @@ def test_what_is_missing_decides_the_exit_code(tmp_path: Path) -> None:
     output, plan = finished_job(tmp_path, dead=[2])
     assert export(str(output), str(tmp_path / "copy")).exit_code == 1
     output.child(f"completions/part-{plan.units[1].unit_id}.parquet").remove()
-    result = export(str(output), str(tmp_path / "copy"))
+    result = export(str(output), str(tmp_path / "another"))
     assert (result.exit_code, result.num_units_missing, result.num_completions) == (3, 1, 14)
 
 
 def test_a_shorter_export_leaves_no_old_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, _ = two_shards(tmp_path)
-    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 2000)
+    monkeypatch.setattr(numbered, "MAX_FILE_BYTES", 2000)
     export(str(output), str(tmp_path / "copy"), ordered=True)
     (tmp_path / "copy" / "part-mine.parquet").write_bytes(b"not ours")
-    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 1 << 30)
-    assert export(str(output), str(tmp_path / "copy"), ordered=True).num_files == 1
+    monkeypatch.setattr(numbered, "MAX_FILE_BYTES", 1 << 30)
+    assert export(str(output), str(tmp_path / "copy"), ordered=True, overwrite=True).num_files == 1
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["part-00000.parquet", "part-mine.parquet"]
 
 
