@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from batchinfer.report.run_report import RunReport, read_report
-from batchinfer.storage.events import Event
+from batchinfer.storage.events import Event, EventValue
 from batchinfer.storage.filesystem import locate
 from batchinfer.storage.layout import RUNS
 from batchinfer.storage.location import Location
@@ -25,7 +25,11 @@ from tests.outputs import (
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-def event(kind: str, at_s: float, **fields: str | int | float) -> Event:
+#: Of the 9 idle seconds, what was waited for in 8.
+IDLE = {"idle_rows_s": 5.0, "idle_publishing_s": 2.0, "idle_units_s": 1.0}
+
+
+def event(kind: str, at_s: float, **fields: EventValue) -> Event:
     return {"at": (START + timedelta(seconds=at_s)).isoformat(), "event": kind, **fields}
 
 
@@ -46,8 +50,10 @@ def one_run(begin_s: float = 0.0, run: str = "run-1") -> Iterator[Event]:
             num_prompt_tokens=300,
             num_completion_tokens=500,
             num_dead_letters=1 if unit == 2 else 0,
+            num_shared_sequences=1,
+            quality={"repeating": 2},
         )
-    yield event("replica_stats", begin_s + 50, replica=1, batch_fill=0.5, kv_use=0.25, idle_s=9.0)
+    yield event("replica_stats", begin_s + 50, replica=1, batch_fill=0.5, kv_use=0.25, idle_s=9.0, **IDLE)
     yield event("unit_failed", begin_s + 55, replica=0, unit="u", error="StorageUnavailable: gone")
     yield event("replica_died", begin_s + 60, replica=0, error="RayActorError: its process ended")
     yield event("run_finished", begin_s + 100, outcome="done", error="")

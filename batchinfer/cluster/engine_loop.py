@@ -16,6 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from batchinfer.cluster.idle_clock import IdleClock
 from batchinfer.engine.engine import Engine, EngineStats, Generation, Partial, Sequence
 
 
@@ -83,8 +84,13 @@ class EngineLoop:
     Callers get snapshots ``snapshot_interval_s`` apart while the engine works.
     """
 
-    def __init__(self, engine: Engine, snapshot_interval_s: float = math.inf) -> None:
+    def __init__(
+        self, engine: Engine, snapshot_interval_s: float = math.inf, idle_clock: IdleClock | None = None
+    ) -> None:
+        """``idle_clock`` is told when the engine has nothing to do; None = nobody asks why."""
         self._engine = engine
+        #: What its idle time is spent waiting for.
+        self.idle_clock = idle_clock or IdleClock()
         self._snapshot_interval_s = snapshot_interval_s
         self._snapshot_at_s = math.inf
         self._inbox: queue.SimpleQueue[_Arrival | None] = queue.SimpleQueue()
@@ -94,8 +100,6 @@ class EngineLoop:
         self._followers = ThreadPoolExecutor(NUM_FOLLOW_UP_THREADS, thread_name_prefix="turns")
         self._failure: BaseException | None = None
         self._closed = False
-        self._idle_s = 0.0
-        self._idle_since_s: float | None = None
         #: Held where callers come and go and where they are given something, so that a close finds all of them.
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -105,12 +109,6 @@ class EngineLoop:
     def failure(self) -> BaseException | None:
         """What the engine raised, or None while it works."""
         return self._failure
-
-    @property
-    def idle_s(self) -> float:
-        """How long the engine has had nothing to do so far."""
-        since_s = self._idle_since_s
-        return self._idle_s + (time.monotonic() - since_s if since_s is not None else 0.0)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -202,14 +200,11 @@ class EngineLoop:
         with self._lock:
             # Between two turns of a unit's last rows the engine may idle, but the unit's news get no younger.
             is_in_between = bool(self._waiting) and self._snapshot_at_s < math.inf
-        since_s = self._idle_since_s = time.monotonic()
-        item = self._inbox.get()
-        now_s = time.monotonic()
-        self._idle_since_s = None
-        self._idle_s += now_s - since_s
+        with self.idle_clock.idle():
+            item = self._inbox.get()
         if not is_in_between:
             # Work that is done within the interval is told of by its end alone.
-            self._snapshot_at_s = now_s + self._snapshot_interval_s
+            self._snapshot_at_s = time.monotonic() + self._snapshot_interval_s
         return item
 
     def _deliver(self, generation: Generation) -> None:

@@ -1,10 +1,12 @@
 """What travels between driver and replica: unit descriptors, counts and causes of failure; never rows."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
 
+from batchinfer.cluster.idle_clock import IdleCause
 from batchinfer.engine.engine import EngineStats
 from batchinfer.records import Shard, WorkUnit
 from batchinfer.spec import JobSpec
@@ -101,12 +103,16 @@ class ReplicaProgress:
     stats: EngineStats
     #: Grows with every step of the engine and every row prepared or published.
     num_signs_of_life: int = 0
-    #: How long the engine's thread had nothing to do, and with it the device.
-    idle_s: float = 0.0
+    #: How long the engine's thread had nothing to do, and with it the device, by what it waited for.
+    idle_s_by_cause: Mapping[IdleCause, float] = field(default_factory=dict)
     #: Storage calls that were tried again, and the journals' flushes with the seconds they took.
     num_storage_retries: int = 0
     num_journal_flushes: int = 0
     journal_s: float = 0.0
+
+    @property
+    def idle_s(self) -> float:
+        return sum(self.idle_s_by_cause.values())
 
 
 @dataclass(frozen=True, slots=True)

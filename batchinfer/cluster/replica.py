@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from batchinfer import grammar_rules
 from batchinfer.cluster.engine_loading import load_engine
 from batchinfer.cluster.engine_loop import EngineClosed, EngineFailed, EngineLoop
+from batchinfer.cluster.idle_clock import IdleClock
 from batchinfer.cluster.journal_keeper import JournalKeeper
 from batchinfer.cluster.messages import (
     Assignment,
@@ -126,7 +127,7 @@ class Replica:
         return ReplicaProgress(
             stats,
             num_signs_of_life=stats.num_steps + pipeline.num_stages_done,
-            idle_s=engine_loop.idle_s,
+            idle_s_by_cause=engine_loop.idle_clock.seconds(),
             num_storage_retries=self._policy.retries.number,
             num_journal_flushes=journals.num_flushes,
             journal_s=journals.flush_s,
@@ -224,12 +225,14 @@ def _start(
     output = locate(spec.output.path, spec.output.storage_options, policy=policy)
     journal_fingerprint = setup.fingerprint if retry is None else retry.journal_fingerprint
     journals = JournalKeeper(output, journal_fingerprint, setup.run_id)
+    idle_clock = IdleClock()
     pipeline = UnitPipeline(
         reader=ShardReader(
             partial(locate, storage_options=spec.input.storage_options, blames=InputError, policy=policy), setup.schema
         ),
         renderer=renderer,
-        engine_loop=(engine_loop := EngineLoop(engine.engine, spec.execution.journal_interval_s)),
+        engine_loop=(engine_loop := EngineLoop(engine.engine, spec.execution.journal_interval_s, idle_clock)),
+        idle_clock=idle_clock,
         texts=Texts(detokenizer, frozenset(engine.eos_token_ids)),
         output=output,
         part=part,

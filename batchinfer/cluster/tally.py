@@ -166,6 +166,7 @@ class Tally:
             "batch_fill": round(stats.num_active / reports.capacity, 4),
             "kv_use": round(stats.num_places_used / stats.num_places, 4) if stats.num_places else 0.0,
             "idle_s": round(reports.newest.idle_s, 3),
+            **{f"idle_{cause}_s": round(idle_s, 3) for cause, idle_s in reports.newest.idle_s_by_cause.items()},
         }
 
     def _engine_use(self) -> EngineUse:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from batchinfer.cluster.choices import choose, sequences_of_choices
 from batchinfer.cluster.conversations import Conversations, completions
 from batchinfer.cluster.engine_loop import EngineClosed, EngineLoop, Snapshot
+from batchinfer.cluster.idle_clock import IdleClock
 from batchinfer.cluster.journal_keeper import JournalKeeper, UnitJournal
 from batchinfer.cluster.messages import Assignment, Drained, ProbeResult
 from batchinfer.cluster.request_sharing import RequestSharing
@@ -87,7 +88,9 @@ class UnitPipeline:
         journals: JournalKeeper,
         judge: CompletionJudge = CompletionJudge(),  # noqa: B008 - frozen
         spans: UnitSpans = NO_UNIT_SPANS,
+        idle_clock: IdleClock | None = None,
     ) -> None:
+        """``idle_clock`` is the engine loop's: it learns which stages units are in; None = nobody asks."""
         self._reader = reader
         self._renderer = renderer
         self._engine_loop = engine_loop
@@ -97,6 +100,7 @@ class UnitPipeline:
         self._journals = journals
         self._judge = judge
         self._spans = spans
+        self._idle_clock = idle_clock or IdleClock()
         self._sharing = RequestSharing()
         self._conversations = Conversations(renderer, texts)
         self._preparers = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="prepare")
@@ -167,11 +171,13 @@ class UnitPipeline:
         with self._door:
             self._num_in_hand += 1
         try:
-            work, journal, resumed = self._preparers.submit(self._begin, assignment, prepare).result()
+            with self._idle_clock.stage("preparing"):
+                work, journal, resumed = self._preparers.submit(self._begin, assignment, prepare).result()
             try:
-                with self._spans.stage(assignment, "generate"):
+                with self._idle_clock.stage("generating"), self._spans.stage(assignment, "generate"):
                     generated = self._generate(resumed, journal)
-                return self._publishers.submit(self._end, work, generated, journal, finish).result()
+                with self._idle_clock.stage("publishing"):
+                    return self._publishers.submit(self._end, work, generated, journal, finish).result()
             except BaseException:
                 journal.save()
                 self._count_journaled(journal)

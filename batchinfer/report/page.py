@@ -1,6 +1,7 @@
 """The report as one self-contained HTML page, without network or scripts: numbers become words and shapes here."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -28,6 +29,14 @@ _STATES = {
     "complete": "every row committed",
     "dead_letters": "finished, dead letters remain",
     "unfinished": "unfinished",
+}
+#: What an idle engine waited for, in words.
+_IDLE = {
+    "rows": "waiting for rows to be read and rendered",
+    "next_turns": "waiting for next turns",
+    "publishing": "waiting for parts to be published",
+    "units": "without a unit",
+    "": "waiting for work",
 }
 #: Rows of the tables of runs and lanes of replicas on the page.
 _MAX_RUNS = 100
@@ -73,7 +82,7 @@ def report_page(report: RunReport) -> str:
         charts=throughput_charts(history),
         device=_device_time(history),
         failures=[{"label": cause, "value": f"{n:,}"} for cause, n in history.failures_by_cause.most_common(20)],
-        histograms=length_histograms(survey),
+        histograms=[*length_histograms(survey), *_quality(history)],
         runs=[_run_row(run) for run in history.runs[-_MAX_RUNS:]],
         facts=_facts(report),
     )
@@ -112,6 +121,8 @@ def _tiles(report: RunReport) -> list[dict[str, str]]:
         ("Device time", _duration(history.device_s)),
         ("Replicas died", f"{sum(run.num_replicas_died for run in history.runs):,}"),
     ]
+    if num_shared := sum(run.num_shared_sequences for run in history.runs):
+        tiles.append(("Identical sequences, not generated again", f"{num_shared:,}"))
     if report.cost is not None:
         tiles.append(("Cost", f"{report.cost:,.2f}"))
     if report.cost_per_million_tokens is not None:
@@ -202,7 +213,9 @@ def _device_time(history: RunHistory) -> list[dict[str, Any]]:
     parts = [
         ("loading", "load", sum(it[0] for it in seconds)),
         ("generating", "busy", sum(it[1] for it in seconds)),
-        ("waiting for work", "idle", sum(it[2] for it in seconds)),
+    ]
+    parts += [
+        (_IDLE[cause], f"idle {cause}", idle_s) for cause, idle_s in history.idle_s_by_cause().items() if idle_s > 0
     ]
     total_s = sum(part_s for _, _, part_s in parts)
     if total_s <= 0:
@@ -261,6 +274,24 @@ def length_histograms(survey: OutputSurvey) -> list[dict[str, Any]]:
                 {"label": name, "percent": f"{100.0 * count / most:.1f}", "value": f"{count:,}"} for name, count in ends
             ],
         },
+    ]
+
+
+def _quality(history: RunHistory) -> list[dict[str, Any]]:
+    """Bars of what was amiss with completions; none where nothing was."""
+    amiss = sum((run.quality for run in history.runs), start=Counter[str]())
+    if not amiss:
+        return []
+    most = max(amiss.values())
+    return [
+        {
+            "title": "Quality",
+            "note": "completions that are empty, truncated, repeating or in the wrong script",
+            "bars": [
+                {"label": kind.replace("_", " "), "percent": f"{100.0 * count / most:.1f}", "value": f"{count:,}"}
+                for kind, count in amiss.most_common()
+            ],
+        }
     ]
 
 

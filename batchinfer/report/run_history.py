@@ -13,12 +13,14 @@ from batchinfer.report.event_values import number_of as _number
 from batchinfer.report.event_values import text_of as _text
 from batchinfer.storage.events import Event
 
-__all__ = ["Bucket", "ReplicaLife", "RunHistory", "RunSummary", "Series", "fold"]
+__all__ = ["IDLE_CAUSES", "Bucket", "ReplicaLife", "RunHistory", "RunSummary", "Series", "fold"]
 
 #: Points a time series has at most; its buckets double in width when more would be needed.
 MAX_BUCKETS = 240
 #: Replica lives and failures kept one by one; beyond it they are counted only.
 MAX_KEPT = 400
+#: What an idle engine waits for (``cluster.idle_clock``), as events name it.
+IDLE_CAUSES = ("rows", "next_turns", "publishing", "units")
 
 
 @dataclass(slots=True)
@@ -85,8 +87,9 @@ class ReplicaLife:
     capacity: int = 0
     num_units: int = 0
     num_completion_tokens: int = 0
-    #: Seconds its engine had nothing to do, as it last reported.
+    #: Seconds its engine had nothing to do, as it last reported, and those with a known cause (``IDLE_CAUSES``).
     idle_s: float = 0.0
+    idle_s_by_cause: dict[str, float] = field(default_factory=dict)
 
     def ready_for_s(self, now_s: float) -> float:
         """Seconds it was ready to generate."""
@@ -117,6 +120,7 @@ class RunSummary:
     num_completions: int = 0
     #: Completions that are amiss, by kind.
     quality: Counter[str] = field(default_factory=Counter)
+    num_shared_sequences: int = 0
     #: Why it began to drain: signal, quality, deadline, gpu_hours; empty where it did not.
     stop_reason: str = ""
     last_event_at: str = ""
@@ -159,6 +163,18 @@ class RunHistory:
         ready_s = life.ready_for_s(end_s)
         idle_s = min(life.idle_s, ready_s)
         return life.held_for_s(end_s) - ready_s, ready_s - idle_s, idle_s
+
+    def idle_s_by_cause(self) -> dict[str, float]:
+        """Idle seconds of all lives by what their engines waited for; "" = nothing tells."""
+        totals = dict.fromkeys((*IDLE_CAUSES, ""), 0.0)
+        for life in self.lives:
+            idle_s = self.seconds(life)[2]
+            # A life's last report may be younger than its end was noticed.
+            scale = min(1.0, idle_s / known_s) if (known_s := sum(life.idle_s_by_cause.values())) else 0.0
+            for cause, cause_s in life.idle_s_by_cause.items():
+                totals[cause] += cause_s * scale
+            totals[""] += idle_s - known_s * scale
+        return totals
 
 
 def fold(events: Iterable[Event]) -> RunHistory:
@@ -231,6 +247,7 @@ class _Folding:
         run.num_rows += rows
         run.num_prompt_tokens += prompt_tokens
         run.num_completion_tokens += tokens
+        run.num_shared_sequences += _integer(event, "num_shared_sequences")
         bucket = self.history.series.at(time_s)
         bucket.num_rows += rows
         bucket.num_prompt_tokens += prompt_tokens
@@ -260,6 +277,7 @@ class _Folding:
         bucket.kv_use_sum += _number(event, "kv_use")
         if (life := self._living.get(_integer(event, "replica"))) is not None:
             life.idle_s = _number(event, "idle_s")
+            life.idle_s_by_cause = {cause: _number(event, f"idle_{cause}_s") for cause in IDLE_CAUSES}
 
     def _ended(self, event: Event, time_s: float, end: str, run: RunSummary) -> None:
         if (life := self._living.pop(_integer(event, "replica"), None)) is not None:

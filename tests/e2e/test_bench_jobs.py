@@ -37,8 +37,6 @@ def finished(name: str, rows: Path, model: Path, tmp_path: Path) -> Path:
     """The output of a job file on these questions, all of them answered."""
     output = tmp_path / "out"
     overrides = {"input.path": rows, "model.path": model, "output.path": output, "engine.kind": "fake"}
-    # Metrics are shown through Ray, and here there is none.
-    overrides["telemetry.metrics"] = "false"
     spec = load_job(BENCH / f"{name}.yaml", [f"{key}={value}" for key, value in overrides.items()], environment={})
     with one_machine():
         result, _ = run_quietly(spec)

@@ -27,6 +27,7 @@ from batchinfer.cluster.replica_pool import Answer, ReplicaGone, UnitMethod
 from batchinfer.cluster.result import JobResult
 from batchinfer.cluster.share import NodeSize
 from batchinfer.engine import fake
+from batchinfer.progress import SilentProgress
 from batchinfer.spec import JobSpec
 from batchinfer.storage import failures, lease
 from batchinfer.storage.faults import StorageFaults
@@ -209,6 +210,7 @@ def one_machine() -> Iterator[None]:
     with (
         mock.patch.object(driver, "connected", return_value=contextlib.nullcontext()),
         mock.patch.object(driver, "head_address", return_value=None),
+        mock.patch.object(driver, "exported", return_value=SilentProgress()),
         mock.patch.object(run_loop, "cluster_nodes", return_value=[NodeSize(0.0, 4.0)]),
         mock.patch.object(run_loop, "nodes_about_to_go", return_value=frozenset()),
         mock.patch("ray.get_runtime_context", return_value=SimpleNamespace(get_node_id=lambda: "here")),

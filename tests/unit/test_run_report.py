@@ -34,6 +34,9 @@ def test_a_run_is_summed_up() -> None:
     assert history.seconds(first) == (10.0, 49.0, 0.0)
     assert history.seconds(second) == (10.0, 80.0, 9.0)
     assert history.device_s == 59.0 + 99.0
+    assert history.idle_s_by_cause() == {"rows": 5.0, "next_turns": 0.0, "publishing": 2.0, "units": 1.0, "": 1.0}
+    assert run.num_shared_sequences == 6
+    assert run.quality == {"repeating": 12}
 
 
 def test_hours_between_runs_are_left_out() -> None:
@@ -141,6 +144,11 @@ def test_the_page_is_self_contained_and_says_what_happened(tmp_path: Path) -> No
         "run-2",
         "StorageUnavailable",
         "waiting for work",
+        "waiting for rows to be read and rendered",
+        "waiting for parts to be published",
+        "without a unit",
+        "Identical sequences, not generated again",
+        "repeating",
     ):
         assert words in page, words
     # Two runs of 158 s of devices at 3.6 an hour; 6,000 tokens.

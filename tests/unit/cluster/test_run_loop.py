@@ -153,7 +153,7 @@ def test_the_last_counters_of_every_replica_are_recorded_before_its_end(
 
     def progress(replica_id: int, assignment: Assignment | None) -> object:
         asked.set()
-        return ReplicaProgress(EngineStats(num_steps=5), idle_s=1.5)
+        return ReplicaProgress(EngineStats(num_steps=5), idle_s_by_cause={"rows": 0.5, "units": 1.0})
 
     def generate(replica_id: int, assignment: Assignment | None) -> object:
         assert assignment is not None
@@ -173,3 +173,4 @@ def test_the_last_counters_of_every_replica_are_recorded_before_its_end(
     assert {replica for kind, replica in ends if kind == "replica_stats"} >= {0, 1}
     (stats, *_) = events(preparation, "replica_stats")
     assert (stats["num_steps"], stats["idle_s"], stats["batch_fill"]) == (5, 1.5, 0.0)
+    assert (stats["idle_rows_s"], stats["idle_units_s"]) == (0.5, 1.0)

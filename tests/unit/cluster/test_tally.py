@@ -31,7 +31,7 @@ def counts(reporting: Tally, replica_id: int, stats: EngineStats, at_s: float = 
     """A replica, ready at 0 with room for 10 sequences, reports."""
     if replica_id not in reporting._live:
         reporting.replica_ready(replica_id, started(), 0.0)
-    reporting.replica_reported(replica_id, ReplicaProgress(stats, idle_s=idle_s), at_s)
+    reporting.replica_reported(replica_id, ReplicaProgress(stats, idle_s_by_cause={"units": idle_s}), at_s)
 
 
 def unit(
@@ -259,7 +259,13 @@ def test_the_last_words_of_a_replica_that_is_gone_are_told_once() -> None:
 def test_counters_of_storage_and_journals_reach_the_look() -> None:
     count = tally()
     count.replica_ready(0, started(), 0.0)
-    told = ReplicaProgress(EngineStats(), idle_s=1.0, num_storage_retries=2, num_journal_flushes=3, journal_s=0.5)
+    told = ReplicaProgress(
+        EngineStats(),
+        idle_s_by_cause={"rows": 0.75, "units": 0.25},
+        num_storage_retries=2,
+        num_journal_flushes=3,
+        journal_s=0.5,
+    )
     count.replica_reported(0, told, 1.0)
     (look,) = count.progress(1.0, 1.0, QueueLook(num_ready=1)).replicas
     assert (look.idle_s, look.num_storage_retries, look.num_journal_flushes, look.journal_s) == (1.0, 2, 3, 0.5)

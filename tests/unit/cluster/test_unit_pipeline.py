@@ -1,5 +1,6 @@
 """One work unit from shard to part: every row ends as completions or as a dead letter, whatever happens to it."""
 
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,7 @@ class Desk:
             output=locate(str(self.output)),
             part=PartFormat(fingerprint="f" * 16, run_id="run", columns=("id",), n=spec.n, token_ids=True),
             journals=JournalKeeper(locate(str(self.output)), "f" * 16, "run"),
+            idle_clock=self.loop.idle_clock,
         )
 
     def write(self, prompts: Iterable[str | None]) -> None:
@@ -130,6 +132,36 @@ def test_every_row_of_a_unit_is_generated_and_counted(tmp_path: Path, detokenize
     assert result.num_completion_tokens == sum(int(str(row["num_completion_tokens"])) for row in rows)
     assert not result.already_committed
     assert not (desk.output / "errors").exists()
+
+
+def test_the_engine_idles_for_the_slowest_of_a_units_stages(
+    tmp_path: Path, detokenizer: Detokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, detokenizer)
+    desk.write(f"prompt {number}" for number in range(4))
+
+    def slowly(method: str) -> None:
+        swift = getattr(desk.pipeline, method)
+
+        def slow(*arguments: object) -> object:
+            time.sleep(0.2)
+            return swift(*arguments)
+
+        monkeypatch.setattr(desk.pipeline, method, slow)
+
+    slowly("prepare")
+    before = desk.loop.idle_clock.seconds()
+    desk.run()
+    between = desk.loop.idle_clock.seconds()
+    assert between["rows"] - before["rows"] >= 0.2
+    assert between["publishing"] < 0.2
+    monkeypatch.undo()
+    slowly("publish")
+    desk.output.joinpath("completions").rename(tmp_path / "aside")
+    desk.run()
+    after = desk.loop.idle_clock.seconds()
+    assert after["publishing"] - between["publishing"] >= 0.2
+    assert after["next_turns"] < 0.2
 
 
 def test_rows_that_are_no_prompts_become_dead_letters_and_the_others_are_generated(
