@@ -53,9 +53,13 @@ class Shown(ProgressView):
 
 
 def stop_and_go_on(spec: JobSpec, going_on: JobSpec, output: Path, at_tokens: int) -> int:
-    """Drain a run when so many tokens are journaled, then run to the end; how many tokens were journaled."""
+    """Drain a run when so many tokens, some of later turns, are journaled, then run to the end; how many they were."""
     watched, stop = Watched(output), threading.Event()
-    waiter = threading.Thread(target=lambda: (wait_for(lambda: watched.num_tokens() >= at_tokens), stop.set()))
+
+    def is_time() -> bool:
+        return watched.num_tokens() >= at_tokens and any(sequence.turn for sequence in watched.sequences())
+
+    waiter = threading.Thread(target=lambda: (wait_for(is_time), stop.set()))
     waiter.start()
     with pytest.raises(RunInterrupted, match="journaled"):
         batchinfer.run(spec, stop=stop)
@@ -76,7 +80,7 @@ def test_a_job_of_conversations_that_was_drained_goes_on_in_the_middle_of_their_
 ) -> None:
     inputs = write_turns(tmp_path / "in")
     batchinfer.run(conversing(exaone, inputs, tmp_path / "quiet", engine={"kind": "fake"}))
-    slow = conversing(exaone, inputs, tmp_path / "out", engine={"kind": "fake", "fake": {"tokens_per_s": 900.0}})
+    slow = conversing(exaone, inputs, tmp_path / "out", engine={"kind": "fake", "fake": {"tokens_per_s": 500.0}})
     fast = conversing(exaone, inputs, tmp_path / "out", engine={"kind": "fake"})
     num_tokens = stop_and_go_on(slow, fast, tmp_path / "out", at_tokens=500)
     assert num_tokens < 24 * 60

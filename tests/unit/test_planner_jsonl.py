@@ -140,10 +140,15 @@ def test_planning_a_large_file_can_be_broken_off(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(jsonl_scan, "_scan_block", slowly)
     write_lines(tmp_path / "a.jsonl", *({"id": number} for number in range(2000)))
     main_thread = threading.get_ident()
+    # A shell that starts the tests in the background has them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     signaller = threading.Thread(target=lambda: begun.wait() and signal.pthread_kill(main_thread, signal.SIGINT))
     signaller.start()
     started_s = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        plan_input([str(tmp_path)], None, 10)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            plan_input([str(tmp_path)], None, 10)
+    finally:
+        signal.signal(signal.SIGINT, before)
     signaller.join()
     assert time.monotonic() - started_s < 10
