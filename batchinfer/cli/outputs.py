@@ -17,7 +17,13 @@ from batchinfer.errors import SpecError
 @JSON
 @ending_with_exit_codes
 def status(output: str, storage_options: str, as_json: bool) -> int:
-    """Show how far OUTPUT is and who works on it, from its files alone. Always exits with 0 if it can read them."""
+    """Show how far OUTPUT is and who works on it, from its files alone.
+
+    \b
+    batchinfer status s3://bucket/answers
+
+    Always exits with 0 if it can read them.
+    """
     from batchinfer.cli_text import print_status
     from batchinfer.report import read_status
 
@@ -44,6 +50,10 @@ def status(output: str, storage_options: str, as_json: bool) -> int:
 def verify(output: str, storage_options: str, deep: bool, input_storage_options: str, as_json: bool) -> int:
     """Prove that every planned row is in OUTPUT exactly once, from its files alone.
 
+    \b
+    batchinfer verify answers/
+    batchinfer verify answers/ --deep
+
     Exits with 0 when it is, 1 when the rest are dead letters, 2 when the output is damaged, and 3 when units are
     not committed yet, or a run has to mend what a crash left.
     """
@@ -66,7 +76,11 @@ def verify(output: str, storage_options: str, deep: bool, input_storage_options:
 @JSON
 @ending_with_exit_codes
 def show(output: str, storage_options: str, num_rows: int, as_json: bool) -> int:
-    """Print the first rows of OUTPUT: prompt and completion."""
+    """Print the first rows of OUTPUT: prompt and completion.
+
+    \b
+    batchinfer show answers/ -n 10
+    """
     from batchinfer.cli_text import print_rows
     from batchinfer.report import read_rows
 

@@ -84,6 +84,8 @@ def test_every_command_has_help_and_json(name: str, flag: str) -> None:
     assert result.exit_code == 0
     assert f"Usage: main {name} [OPTIONS] {'JOB' if name in ON_JOBS else 'OUTPUT'}" in result.stdout
     assert "--json" in result.stdout
+    # An example to copy, beside the usage line.
+    assert f"\n  batchinfer {name} " in result.stdout
     assert ("--set KEY=VALUE" in result.stdout) == (name in ON_JOBS)
     assert ("--storage-options" in result.stdout) == (name not in ON_JOBS)
 
