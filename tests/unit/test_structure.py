@@ -75,7 +75,7 @@ OWNERS = {
     "torch": ("engine/", "models/", "cluster/replica.py"),
     "triton": ("engine/",),
     "llguidance": ("engine/grammar.py", "grammar_rules.py"),
-    "pydantic": ("spec.py", "job_file.py", "job_problems.py", "prompts/"),
+    "pydantic": ("spec/", "job_file.py", "job_problems.py", "prompts/"),
     "opentelemetry": ("tracing/otel.py",),
     "rich": ("progress.py", "live_table.py", "cli/", "cli_text.py"),
     "click": ("cli/",),
