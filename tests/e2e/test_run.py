@@ -47,7 +47,9 @@ def undisturbed(
     "blocks",
     [
         {"engine": {"max_batch_rows": 5}, "execution": {"rows_per_unit": 1}},
-        {"engine": {"max_batch_tokens": 300}, "execution": {"rows_per_unit": 1000}},
+        pytest.param(
+            {"engine": {"max_batch_tokens": 300}, "execution": {"rows_per_unit": 1000}}, marks=pytest.mark.slow
+        ),
         {"cluster": {"replicas": 3, "num_cpus": 0.5}, "engine": {"max_batch_rows": 1}},
     ],
     ids=["small-units-and-batches", "few-tokens-and-one-unit-per-shard", "three-replicas-row-by-row"],
