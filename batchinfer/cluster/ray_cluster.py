@@ -45,6 +45,9 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray starts workers at nice 15: beside anything else on the machine the model would be what waits.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # When a connection breaks Ray waits so long for word of how the actor ended, then calls it unavailable. That of a
+    # lost machine comes after its health checks (3 s each, 5 of them), and clears the units that the machine held.
+    os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "30000")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         _start_or_join(cluster)
