@@ -203,7 +203,7 @@ def test_a_whole_job_leaves_no_credential_anywhere(place: Place) -> None:
     assert "***" in json.dumps(job["spec"]["input"])
 
 
-@pytest.mark.parametrize("status", [401, 404, 503])
+@pytest.mark.parametrize("status", [401, 404, pytest.param(503, marks=pytest.mark.slow)])
 def test_errors_of_the_storage_name_the_place_without_its_credentials(place: Place, status: int) -> None:
     place.server.status = status
     plan = command("plan", place.job_file)

@@ -117,6 +117,7 @@ def test_a_killed_replica_and_a_killed_driver_lose_no_journaled_token(
     assert watched.is_gone()
 
 
+@pytest.mark.slow
 def test_rows_of_a_real_model_go_on_in_their_middle_on_either_engine(
     tmp_path: Path, exaone: Path, ray_session: None
 ) -> None:

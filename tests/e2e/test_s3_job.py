@@ -156,6 +156,7 @@ def test_a_job_on_object_storage_from_its_plan_to_its_proof_and_resumed(remote: 
     assert leaks(remote, plan, run, status, verify, damaged, again) == []
 
 
+@pytest.mark.slow
 def test_a_real_model_answers_from_object_storage_as_from_disk(remote: Remote, exaone: Path, tmp_path: Path) -> None:
     source = write_input(tmp_path / "in", [20, 15])
     run = command("run", write_job_file(tmp_path / "job.yaml", remote_values(remote, exaone, source)), "--json")

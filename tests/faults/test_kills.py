@@ -22,14 +22,13 @@ def expected(tmp_path: Path) -> Callable[[Path], list[tuple[object, ...]]]:
 def test_a_driver_killed_at_several_moments_is_continued_by_the_next_run(
     tmp_path: Path, exaone: Path, expected: Callable[[Path], list[tuple[object, ...]]]
 ) -> None:
-    """Killed while Ray starts, at the first commit, and in the middle."""
+    """Killed while Ray starts, and in the middle."""
     write_input(tmp_path / "in", [100, 60])
     output = tmp_path / "out"
     job_file = write_job(tmp_path, exaone, engine=SLOW_FAKE, execution={"rows_per_unit": 8})
     moments: list[Callable[[], bool]] = [
         lambda: (output / "_job" / "lease.json").exists(),
-        lambda: num_parts(output) >= 1,
-        lambda: num_parts(output) >= 8,
+        lambda: num_parts(output) >= 6,
     ]
     for happened in moments:
         run = CommandRun(job_file)
