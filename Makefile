@@ -51,7 +51,7 @@ demo: .venv/.demo ## real prompts through a real model on this machine, Parquet 
 	@echo "  $(BIN)/batchinfer plan jobs/demo.yaml                  # what a run would do"
 	@echo "  $(BIN)/batchinfer run jobs/demo.yaml --set sampling.temperature=0.7 --set output.path=out/warm"
 
-test: .venv/.dev ## the default suite: unit, end to end, faults (about 10 minutes on 2 cores)
+test: .venv/.dev ## the default suite: unit, end to end, faults (about 12 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/.dev ## ruff check, ruff format --check, mypy
