@@ -188,6 +188,11 @@ class SamplingParams:
         """Whether a schema or a pattern says what a completion is."""
         return self.json_schema is not None or self.regex is not None
 
+    @property
+    def decisive(self) -> "SamplingParams":
+        """What a row's tokens follow from: of greedy sampling, all but what chance alone would ask for."""
+        return self if self.temperature > 0.0 else replace(self, seed=0, n=1, top_p=1.0, top_k=0, min_p=0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

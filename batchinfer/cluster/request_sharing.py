@@ -58,7 +58,7 @@ def request_keys(sequences: Iterable[Sequence]) -> Iterator[RequestKey | None]:
 @lru_cache(maxsize=1024)
 def _what_decides(sampling: SamplingParams) -> bytes:
     """The part of greedy sampling that tokens depend on, of a length that its own beginning tells."""
-    text = repr(replace(sampling, seed=0, n=1, top_p=1.0, top_k=0, min_p=0.0)).encode()
+    text = repr(sampling.decisive).encode()
     return len(text).to_bytes(8, "little") + text
 
 

@@ -1,6 +1,5 @@
 """What is counted of prompts: lengths, dead letters by shard, duplicates; small whatever the input's size."""
 
-import dataclasses
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -26,8 +25,8 @@ class Example:
 
 
 @dataclass(slots=True)
-class RangeCounts:
-    """Of the rows that one task went through: what a worker sends back."""
+class RowCounts:
+    """Of the rows that were gone through."""
 
     num_rows: int = 0
     #: Prompt tokens -> rows.
@@ -44,6 +43,12 @@ class RangeCounts:
     examples: dict[str, list[Example]] = field(default_factory=dict)
     #: Of each range: (rows with a prompt, their tokens); how they differ tells how far the sample may be off.
     by_range: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RangeCounts(RowCounts):
+    """Of the rows that one task went through: what a worker sends back."""
+
     hashes: "array[int]" = field(default_factory=lambda: array("Q"))
     num_tokens: "array[int]" = field(default_factory=lambda: array("I"))
 
@@ -93,32 +98,20 @@ class SamplingHashes:
         sampling = prompt.sampling
         key = self._known.get(sampling)
         if key is None:
-            decisive = sampling
-            if sampling.temperature == 0:
-                decisive = dataclasses.replace(sampling, seed=0, n=1, top_p=1.0, top_k=0, min_p=0.0)
             # A row may bring sampling of its own, so that there are as many as rows.
             if len(self._known) >= 4096:
                 self._known.clear()
-            key = self._known[sampling] = blake2b(repr(decisive).encode(), digest_size=16).digest()
+            key = self._known[sampling] = blake2b(repr(sampling.decisive).encode(), digest_size=16).digest()
         digest = blake2b(array("q", prompt.token_ids).tobytes(), digest_size=8, key=key).digest()
         bits = int.from_bytes(digest, "little")
         return bits | 1 if sampling.temperature == 0 else bits & ~1
 
 
 @dataclass(slots=True)
-class PromptCounts:
+class PromptCounts(RowCounts):
     """Counts of all tasks so far."""
 
-    num_rows: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
-    num_prompt_tokens: int = 0
-    num_completions: int = 0
-    num_chosen: int = 0
-    max_new_tokens: int = 0
-    dead_letters: dict[str, Counter[str]] = field(default_factory=dict)
-    examples: dict[str, list[Example]] = field(default_factory=dict)
     duplicates: DuplicateCounter = field(default_factory=DuplicateCounter)
-    by_range: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, counts: RangeCounts, *, keeps_ranges: bool) -> None:
         """Add those of one task; ``keeps_ranges`` for a sample, whose ranges are few."""
