@@ -84,7 +84,7 @@ class RangeCounts(RowCounts):
 
 
 class SamplingHashes:
-    """Hashes prompts by all that decides what is generated but the row id: token ids and sampling.
+    """Hashes prompts by all that decides what is generated but the row id: token ids, sampling, a conversation's turns.
 
     Of a greedy prompt's sampling, what only chance would ask for decides nothing. Equal prompts have equal hashes in
     every process.
@@ -94,7 +94,7 @@ class SamplingHashes:
         self._known: dict[SamplingParams, bytes] = {}
 
     def hash_of(self, prompt: Prompt) -> int:
-        """64 bits; the lowest one says whether the prompt is greedy."""
+        """64 bits; the lowest one says whether the prompt is generated once however often it is there."""
         sampling = prompt.sampling
         key = self._known.get(sampling)
         if key is None:
@@ -102,9 +102,13 @@ class SamplingHashes:
             if len(self._known) >= 4096:
                 self._known.clear()
             key = self._known[sampling] = blake2b(repr(sampling.decisive).encode(), digest_size=16).digest()
-        digest = blake2b(array("q", prompt.token_ids).tobytes(), digest_size=8, key=key).digest()
-        bits = int.from_bytes(digest, "little")
-        return bits | 1 if sampling.temperature == 0 else bits & ~1
+        content = blake2b(array("q", prompt.token_ids).tobytes(), digest_size=8, key=key)
+        if prompt.conversation is not None:
+            # Behind a first turn that two rows share, others may follow; and no conversation is shared as a whole.
+            content.update(repr(prompt.conversation.turns).encode())
+        bits = int.from_bytes(content.digest(), "little")
+        is_shared = sampling.temperature == 0 and prompt.conversation is None
+        return bits | 1 if is_shared else bits & ~1
 
 
 @dataclass(slots=True)

@@ -60,3 +60,12 @@ def test_equal_prompts_have_equal_hashes_whatever_their_row_and_others_do_not() 
     ]
     assert len({first, *(one.hash_of(each) for each in different)}) == 7
     assert one.hash_of(different[-1]) & 1 == 0
+
+
+def test_conversations_are_equal_when_all_their_turns_are_and_are_each_generated() -> None:
+    hashes = SamplingHashes()
+    talks = [replace(prompt(1, 2), conversation=Conversation(turns, GREEDY)) for turns in (("a", "b"), ("a", "c"))]
+    first, second = (hashes.hash_of(talk) for talk in talks)
+    assert first != second
+    assert hashes.hash_of(replace(talks[0], row_id="t:9")) == first
+    assert (first & 1, hashes.hash_of(prompt(1, 2)) & 1) == (0, 1)
