@@ -1,12 +1,12 @@
 """A collector of OpenTelemetry spans on loopback: ``with collector() as spans``, and runs export to it."""
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.loopback import QuietRequests, serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +29,16 @@ def collector() -> Iterator[tuple[str, list[CollectedSpan]]]:
     """(endpoint, the spans that have arrived so far)."""
     spans: list[CollectedSpan] = []
 
-    class Collect(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Collect(QuietRequests):
+        def do_POST(self) -> None:  # noqa: N802 (http.server's name)
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/v1/traces":
                 spans.extend(_spans(ExportTraceServiceRequest.FromString(body)))
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (http.server's name)
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Collect)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", spans
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Collect) as url:
+        yield url, spans
 
 
 def _spans(request: ExportTraceServiceRequest) -> Iterator[CollectedSpan]:

@@ -374,21 +374,27 @@ def test_every_turn_follows_the_one_before_it_and_all_are_returned(threads: Thre
     loop.close()
 
 
+class SlowNextTurn:
+    """The next turn, once the test lets it come."""
+
+    def __init__(self) -> None:
+        self.asked, self.may_answer = threading.Event(), threading.Event()
+
+    def __call__(self, end: Generation) -> Sequence:
+        self.asked.set()
+        assert self.may_answer.wait(10)
+        return next_turn(end)
+
+
 def test_the_engine_goes_on_while_a_next_turn_is_made(threads: ThreadPoolExecutor) -> None:
     """1. a's only conversation is between two turns  2. b is generated all the same  3. a goes on"""
     loop = EngineLoop(FakeEngine())
-    asked, may_answer = threading.Event(), threading.Event()
-
-    def slow(end: Generation) -> Sequence:
-        asked.set()
-        assert may_answer.wait(10)
-        return next_turn(end)
-
+    slow = SlowNextTurn()
     first = threads.submit(loop.generate, conversations("a", 1, 2), lambda snapshot: None, slow)
-    assert asked.wait(10)
+    assert slow.asked.wait(10)
     assert len(loop.generate(sequences("b", 3))) == 3
     assert not first.done()
-    may_answer.set()
+    slow.may_answer.set()
     assert turns_of(first.result(10)) == [("a:0", 0), ("a:0", 1)]
     loop.close()
 
@@ -428,20 +434,14 @@ def test_a_follow_up_that_raises_fails_its_caller_alone_once_nothing_of_it_is_in
 
 def test_a_close_between_two_turns_tells_of_those_that_ended(threads: ThreadPoolExecutor) -> None:
     loop = EngineLoop(FakeEngine(), snapshot_interval_s=60.0)
-    asked, may_answer = threading.Event(), threading.Event()
-
-    def slow(end: Generation) -> Sequence:
-        asked.set()
-        assert may_answer.wait(10)
-        return next_turn(end)
-
+    slow = SlowNextTurn()
     told: list[Snapshot] = []
     waiting = threads.submit(loop.generate, conversations("a", 1, 2), told.append, slow)
-    assert asked.wait(10)
+    assert slow.asked.wait(10)
     loop.close()
     with pytest.raises(EngineClosed):
         waiting.result(10)
-    may_answer.set()
+    slow.may_answer.set()
     assert [turns_of(snapshot.ended) for snapshot in told] == [[("a:0", 0)]]
 
 
@@ -454,21 +454,15 @@ def test_an_engine_that_breaks_between_two_turns_of_a_caller_fails_it(threads: T
             super().submit(batch)
 
     loop = EngineLoop(Breaking())
-    asked, may_answer = threading.Event(), threading.Event()
-
-    def slow(end: Generation) -> Sequence:
-        asked.set()
-        assert may_answer.wait(10)
-        return next_turn(end)
-
+    slow = SlowNextTurn()
     told: list[Snapshot] = []
     waiting = threads.submit(loop.generate, conversations("a", 1, 2), told.append, slow)
-    assert asked.wait(10)
+    assert slow.asked.wait(10)
     with pytest.raises(EngineFailed, match="CUDA error"):
         loop.generate(sequences("b", 1))
     with pytest.raises(EngineFailed, match="CUDA error"):
         waiting.result(10)
-    may_answer.set()
+    slow.may_answer.set()
     assert [turns_of(snapshot.ended) for snapshot in told] == [[("a:0", 0)]]
     loop.close()
 

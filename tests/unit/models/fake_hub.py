@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.loopback import QuietRequests, serving
 
 
 @dataclass
@@ -63,11 +63,11 @@ def serve() -> Iterator[FakeHub]:
     """A running hub without repositories; stopped at the end."""
     hub = FakeHub()
 
-    class Requests(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Requests(QuietRequests):
+        def do_GET(self) -> None:  # noqa: N802 (http.server's name)
             self._send(with_body=True)
 
-        def do_HEAD(self) -> None:
+        def do_HEAD(self) -> None:  # noqa: N802 (http.server's name)
             self._send(with_body=False)
 
         def _send(self, *, with_body: bool) -> None:
@@ -80,16 +80,5 @@ def serve() -> Iterator[FakeHub]:
             if with_body:
                 self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Requests)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(Requests) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

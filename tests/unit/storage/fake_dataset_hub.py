@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from tests.loopback import QuietRequests, serving
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -90,10 +90,10 @@ def serve() -> Iterator[FakeDatasetHub]:
     """A running hub without data sets; stopped at the end."""
     hub = FakeDatasetHub()
 
-    class Requests(BaseHTTPRequestHandler):
+    class Requests(QuietRequests):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802 (http.server's name)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, headers, content = hub.answer(
                 self.path, {name.lower(): value for name, value in self.headers.items()}, body
@@ -108,17 +108,5 @@ def serve() -> Iterator[FakeDatasetHub]:
 
         do_POST = do_HEAD = do_GET  # noqa: N815
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Requests)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(Requests) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
