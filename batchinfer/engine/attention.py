@@ -5,9 +5,7 @@ query heads of a key/value head being G queries of one product, so that each key
 prefix is not gathered at all: the queries of all rows that share it meet the one copy in one product per key/value
 head, and their scores over it and over their own places stand side by side in one softmax.
 
-Gathering copies whole blocks of places where extents begin at multiples of a block and the arena keeps each head's
-places together, as it does on a CPU (``kv_cache``); otherwise it goes place by place. A block's places outside of a
-row are masked, but their products are formed: what lies there must be finite.
+Rows are gathered to one length, beyond their ends with their last place again, which is masked.
 
 Where everything lies is worked out once a step and holds for all layers with one window: a *layout*. Batches come
 in few sizes (lengths rounded up, row counts from a list), because oneDNN compiles a kernel for each new shape.
@@ -24,8 +22,8 @@ import torch
 
 from batchinfer.engine.step_tensors import ChunkTensors, DecodeTensors
 
-#: Places copied at once at most: half as many take half as long again. Lengths of a batch are multiples of it.
-_MAX_BLOCK_PLACES = 32
+#: Lengths of a batch are multiples of so many places.
+_LENGTH_STEP = 32
 #: Keys gathered at once, if more than one row is: they should stay in a core's own cache.
 _MAX_BATCH_BYTES = 3 << 19
 #: Rows of a batch of several.
@@ -40,21 +38,21 @@ _MIN_BLOCK_QUERIES = 16
 #: Scores of one block and key/value head.
 _MAX_BLOCK_SCORES = 1 << 20
 
-_Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+_Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
     """Rows ``first .. stop - 1`` of the layout's order, gathered to one length.
 
-    ``blocks_Z`` are the blocks to gather: per key/value head, per row, block after block. Masks are 0 where a query
-    may look and minus infinity elsewhere; None where it may look everywhere.
+    ``places_Z`` is what to gather of an arena seen as [N K, D]: per key/value head, per row, place after place. Masks
+    are 0 where a query may look and minus infinity elsewhere; None where it may look everywhere.
     """
 
     first: int
     stop: int
     length: int
-    blocks_Z: torch.Tensor
+    places_Z: torch.Tensor
     own_mask_nC: torch.Tensor
     prefix_mask_nC: torch.Tensor | None
 
@@ -70,12 +68,8 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True)
 class DecodeLayout:
-    """``into_Z`` takes queries [R K, G D] into the order of the batches, ``back_Z`` results out of it.
+    """``into_Z`` takes queries [R K, G D] into the order of the batches, ``back_Z`` results out of it."""
 
-    ``block`` is the number of places that are gathered as one.
-    """
-
-    block: int
     into_Z: torch.Tensor
     back_Z: torch.Tensor
     groups: tuple[RowGroup, ...]
@@ -111,7 +105,7 @@ def batch_sizes(lengths: SequenceOf[int], num_shared: int, place_bytes: int) -> 
     calls, and reading the ``num_shared`` places of the prefix. ``place_bytes`` are those of one place's keys. A batch
     of several rows has at most ``_MAX_BATCH_BYTES`` of its own.
     """
-    padded = [-(-length // _MAX_BLOCK_PLACES) * _MAX_BLOCK_PLACES for length in lengths]
+    padded = [-(-length // _LENGTH_STEP) * _LENGTH_STEP for length in lengths]
     num = len(padded)
     max_places = _MAX_BATCH_BYTES // place_bytes
     batch_cost = _BATCH_COST_BYTES // place_bytes + num_shared
@@ -150,13 +144,11 @@ def decode_layout(rows: DecodeTensors, keys_NKD: torch.Tensor, window: int) -> D
     hidden = np.maximum(lengths + prefix_lengths - window, 0) if window else np.zeros_like(lengths)
     prefix_begins = np.minimum(hidden, prefix_lengths)
     own_begins = hidden - prefix_begins
-    skipped = own_begins // _MAX_BLOCK_PLACES * _MAX_BLOCK_PLACES
-    own = _OwnPlaces(starts=offsets + skipped, begins=own_begins - skipped, ends=lengths - skipped)
-    block = _block_places(own.starts, keys_NKD)
+    own_starts, own_lengths = offsets + own_begins, lengths - own_begins
     place_bytes = keys_NKD[0].nbytes
     # A prefix that no query sees any more is no prefix.
     prefixes = np.where(prefix_begins < prefix_lengths, prefix_offsets, -1)
-    order = np.lexsort((-own.ends, prefixes))
+    order = np.lexsort((-own_lengths, prefixes))
     groups = []
     first = 0
     for members in np.split(order, np.flatnonzero(np.diff(prefixes[order])) + 1):
@@ -165,20 +157,21 @@ def decode_layout(rows: DecodeTensors, keys_NKD: torch.Tensor, window: int) -> D
         end = int(prefix_lengths[members[0]]) if shared else 0
         base = int(prefix_offsets[members[0]])
         batches = []
-        for num_rows, length in batch_sizes(own.ends[members].tolist(), end - begin, place_bytes):
+        for num_rows, length in batch_sizes(own_lengths[members].tolist(), end - begin, place_bytes):
             chosen = order[first : first + num_rows]
             prefix_mask = None
             if shared and prefix_begins[chosen].max() > begin:
                 prefix_mask = _mask(np.arange(begin, end) < prefix_begins[chosen][:, None], keys_NKD)
             columns = np.arange(length)
-            unseen = (columns < own.begins[chosen][:, None]) | (columns >= own.ends[chosen][:, None])
+            last = own_lengths[chosen][:, None] - 1
+            places = own_starts[chosen][:, None] + np.minimum(columns, last)
             batches.append(
                 RowBatch(
                     first=first,
                     stop=first + num_rows,
                     length=length,
-                    blocks_Z=_blocks(own.starts[chosen], own.ends[chosen], length, block, keys_NKD),
-                    own_mask_nC=_mask(unseen, keys_NKD),
+                    places_Z=_of_all_heads(places, keys_NKD),
+                    own_mask_nC=_mask(columns > last, keys_NKD),
                     prefix_mask_nC=prefix_mask,
                 )
             )
@@ -193,7 +186,6 @@ def decode_layout(rows: DecodeTensors, keys_NKD: torch.Tensor, window: int) -> D
         ]
     )
     return DecodeLayout(
-        block=block,
         into_Z=torch.from_numpy(into).to(keys_NKD.device),
         back_Z=torch.from_numpy(np.argsort(into)).to(keys_NKD.device),
         groups=tuple(groups),
@@ -212,7 +204,7 @@ def decode_attention(
     num_rows, num_heads, head_dim = q_RHD.shape
     num_kv = keys_NKD.shape[1]
     group = num_heads // num_kv
-    key_blocks, value_blocks = _as_blocks(keys_NKD, layout.block), _as_blocks(values_NKD, layout.block)
+    keys_XD, values_XD = keys_NKD.view(-1, head_dim), values_NKD.view(-1, head_dim)
     queries = q_RHD.reshape(num_rows * num_kv, group * head_dim).index_select(0, layout.into_Z)
     queries_ZGD = queries.view(num_rows * num_kv, group, head_dim)
     out_ZGD = torch.empty_like(queries_ZGD)
@@ -224,8 +216,8 @@ def decode_attention(
             num, length = batch.stop - batch.first, batch.length
             here = slice(batch.first * num_kv, batch.stop * num_kv)
             q_ZGD, target_ZGD = queries_ZGD[here], out_ZGD[here]
-            own_keys = key_blocks.index_select(0, batch.blocks_Z).view(num_kv * num, length, head_dim)
-            own_values = value_blocks.index_select(0, batch.blocks_Z).view(num_kv * num, length, head_dim)
+            own_keys = keys_XD.index_select(0, batch.places_Z).view(num_kv * num, length, head_dim)
+            own_values = values_XD.index_select(0, batch.places_Z).view(num_kv * num, length, head_dim)
             own = _scores(q_ZGD, own_keys, scale, soft_cap)
             own.view(num_kv, num, group, length).add_(batch.own_mask_nC[:, None])
             if not num_shared:
@@ -327,44 +319,11 @@ def _context(arena_NKD: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
     return torch.cat((arena_NKD[layout.prefix_places].transpose(0, 1), own_KCD), 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _OwnPlaces:
-    """Per row the first place to gather and, counted from there, where what the query sees begins and ends."""
-
-    starts: _Ints
-    begins: _Ints
-    ends: _Ints
-
-
-def _heads_apart(arena_NKD: torch.Tensor) -> bool:
-    """Whether the arena keeps all places of a head together."""
-    return arena_NKD.transpose(0, 1).is_contiguous()
-
-
-def _block_places(starts: _Ints, arena_NKD: torch.Tensor) -> int:
-    """The largest block of places that all rows and the arena itself are aligned to."""
-    if not _heads_apart(arena_NKD):
-        return 1
-    # The lowest bit set in any of them; the last term bounds it.
-    bits = int(np.bitwise_or.reduce(starts)) | arena_NKD.shape[0] | _MAX_BLOCK_PLACES
-    return bits & -bits
-
-
-def _as_blocks(arena_NKD: torch.Tensor, block: int) -> torch.Tensor:
-    """The arena as a table whose rows are blocks; a view."""
-    if _heads_apart(arena_NKD):
-        arena_NKD = arena_NKD.transpose(0, 1)
-    return arena_NKD.view(-1, block * arena_NKD.shape[-1])
-
-
-def _blocks(starts: _Ints, ends: _Ints, length: int, block: int, arena_NKD: torch.Tensor) -> torch.Tensor:
-    """Rows of that table, [K, n, length / block]; beyond a row's end its last block again, which is its own."""
-    num_places, num_heads = arena_NKD.shape[:2]
-    inside = np.minimum(np.arange(length // block), (ends[:, None] - 1) // block)
-    places = starts[:, None] + inside * block
-    heads = np.arange(num_heads)[:, None, None]
-    rows = (places + heads * num_places) // block if _heads_apart(arena_NKD) else places * num_heads + heads
-    return torch.from_numpy(rows.ravel()).to(arena_NKD.device)
+def _of_all_heads(places_nC: _Ints, arena_NKD: torch.Tensor) -> torch.Tensor:
+    """Rows of [N K, D] that hold these places, head after head."""
+    num_heads = arena_NKD.shape[1]
+    rows_KnC = places_nC * num_heads + np.arange(num_heads)[:, None, None]
+    return torch.from_numpy(rows_KnC.ravel()).to(arena_NKD.device)
 
 
 def _mask(unseen: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], like: torch.Tensor) -> torch.Tensor:

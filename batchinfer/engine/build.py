@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from batchinfer.engine.padded import PaddedEngine
 from batchinfer.engine.reserve import reserved_bytes, step_size
 from batchinfer.engine.scheduler_limits import Limits
 from batchinfer.engine.torch_ops import TorchOps
-from batchinfer.engine.warm_up import MAX_DISTANCE, warm_up
+from batchinfer.engine.warm_up import MAX_DISTANCE, compile_kernels, warm_up
 from batchinfer.errors import ModelError
 from batchinfer.models.loading import DTYPES, ModelFacts, check_device, load_model, read_facts
 
@@ -124,9 +125,13 @@ def _continuous(
 ) -> LoadedEngine:
     config, dtype, device = decoder_config(facts.config), DTYPES[dtype_name], torch.device(device_name)
     weights = load_weights(config, facts.weight_files, dtype=dtype, device=device, key_mapping=facts.key_mapping)
-    decoder = Decoder(config, weights, device_ops(device), facts.max_model_len)
+    decoder = Decoder(config, weights, device_ops(device, dtype), facts.max_model_len)
     if device.type == "cuda":
         check_kernels(decoder, Decoder(config, weights, TorchOps(), facts.max_model_len), facts.max_model_len)
+    else:
+        started_s = time.monotonic()
+        compile_kernels(decoder)
+        logger.info("kernels are ready after %.1f s", time.monotonic() - started_s)
     limits = continuous_limits(config, dtype, device, facts.max_model_len, max_rows, max_places)
     # One place more than the scheduler knows of: padding rows of graphs write there.
     kv = kv_cache.allocate(config, limits.num_places + 1, dtype, device)
@@ -164,15 +169,18 @@ def continuous_limits(
         fitting = kv_cache.num_places(config, dtype, device, reserved_bytes=reserved, min_places=max_model_len)
         # More than every row at its longest can never be used.
         places = min(fitting, rows * max_model_len)
-    granule = kv_cache.GRANULES[device.type]
-    return Limits(num_places=places, max_rows=rows, max_step_tokens=step_tokens, granule=granule)
+    return Limits(num_places=places, max_rows=rows, max_step_tokens=step_tokens, granule=kv_cache.GRANULE)
 
 
-def device_ops(device: torch.device) -> Ops:
-    """The edition of the decoder's functions for a device."""
+def device_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The fastest edition of the decoder's functions for a device and a model's dtype."""
     if device.type == "cuda":
         # Imports triton, which a machine without a GPU need not have.
         from batchinfer.engine.triton_ops import TritonOps
 
         return TritonOps.of(device)
+    if dtype in (torch.float32, torch.bfloat16) and importlib.util.find_spec("numba") is not None:
+        from batchinfer.engine.cpu_ops import CpuOps
+
+        return CpuOps()
     return TorchOps()

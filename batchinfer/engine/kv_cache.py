@@ -11,7 +11,7 @@ from batchinfer.engine.decoder_config import DecoderConfig
 from batchinfer.errors import ModelError
 
 __all__ = [
-    "GRANULES",
+    "GRANULE",
     "KvCache",
     "activation_bytes",
     "allocate",
@@ -25,17 +25,16 @@ __all__ = [
 #: Share of the free memory that the cache and a step's activations may take. A GPU is the replica's alone; what is
 #: left there covers the allocator's fragments and the libraries' workspaces. A host has other work to do.
 _SHARE = {"cpu": 0.4, "cuda": 0.92}
-#: What the capacities of extents are multiples of. The CPU's attention copies blocks of up to so many places.
-GRANULES = {"cpu": 32, "cuda": 16}
+#: What the capacities of extents are multiples of.
+GRANULE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
     """Keys and values of every layer: L layers, N places, K key/value heads, D head dimension.
 
-    Which place belongs to whom is the scheduler's to know. In memory a place's heads lie side by side on a GPU; on a
-    CPU each head keeps its places together, so that a run of them is one copy. Places nobody has written hold zeros
-    on a CPU and anything, NaN included, on a GPU.
+    Which place belongs to whom is the scheduler's to know. Places nobody has written hold zeros on a CPU and
+    anything, NaN included, on a GPU.
     """
 
     keys_LNKD: torch.Tensor
@@ -91,14 +90,14 @@ def num_places(
 
 
 def allocate(config: DecoderConfig, places: int, dtype: torch.dtype, device: torch.device) -> KvCache:
-    """An arena of ``places`` places, on a CPU rounded up to a multiple of its granule.
+    """An arena of ``places`` places; on a CPU its pages are taken from the system only as they are written.
 
-    There its pages are taken from the system only as they are written. Raises ModelError when the device refuses.
+    Raises ModelError when the device refuses.
     """
     try:
-        if device.type == "cpu":
-            return KvCache(_cpu_arena(config, places, dtype), _cpu_arena(config, places, dtype))
         shape = (config.num_layers, places, config.num_kv_heads, config.head_dim)
+        if device.type == "cpu":
+            return KvCache(_cpu_arena(shape, dtype), _cpu_arena(shape, dtype))
         return KvCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
     except (torch.OutOfMemoryError, MemoryError) as error:
         size_gb = places * bytes_per_place(config, dtype) / 1e9
@@ -108,13 +107,10 @@ def allocate(config: DecoderConfig, places: int, dtype: torch.dtype, device: tor
         ) from error
 
 
-def _cpu_arena(config: DecoderConfig, places: int, dtype: torch.dtype) -> torch.Tensor:
-    """[L, N, K, D] over memory in the order L, K, N, D."""
-    granule = GRANULES["cpu"]
-    shape = (config.num_layers, config.num_kv_heads, -(-places // granule) * granule, config.head_dim)
+def _cpu_arena(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     # Unlike torch's, numpy's zeros are pages the system clears when they are first touched.
     zeros = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
-    return zeros.view(dtype).view(shape).transpose(1, 2)
+    return zeros.view(dtype).view(shape)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,8 +1,8 @@
-"""Steps run before the first sequence: they compile every kernel, and show that the kernels are right on this device.
+"""Steps run before the first sequence: they compile every kernel, and show that the kernels are right on a GPU.
 
-A kernel is compiled for each combination of the options that ``triton_ops`` chooses from a step's shapes; the plans
-here walk through them, so that nothing is compiled in the middle of a job. Each step also runs in plain torch over
-an arena of its own, and the distance of the two is what tells a GPU on which a kernel goes wrong.
+A GPU's kernel is compiled for each combination of the options that ``triton_ops`` chooses from a step's shapes; the
+plans here walk through them, so that nothing is compiled in the middle of a job. Each step also runs in plain torch
+over an arena of its own, and the distance of the two is what tells a GPU on which a kernel goes wrong.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from batchinfer.engine.step_plan import Copy, DecodeRow, PrefillChunk, StepPlan
 from batchinfer.engine.step_tensors import build
 from batchinfer.records import SamplingParams
 
-__all__ = ["MAX_DISTANCE", "warm_up", "warm_up_plans"]
+__all__ = ["MAX_DISTANCE", "compile_kernels", "warm_up", "warm_up_plans"]
 
 #: Rounding to bfloat16 in every layer leaves distances of a few percent; a wrong kernel leaves about 1.
 MAX_DISTANCE = 0.15
@@ -43,6 +43,14 @@ def warm_up(decoder: Decoder, plain: Decoder, max_positions: int) -> float:
         worst = max(worst, distance) if distance == distance else float("inf")
     _draw_once(decoder)
     return worst
+
+
+@torch.inference_mode()
+def compile_kernels(decoder: Decoder) -> None:
+    """One step of three tokens: on a CPU all shapes share a kernel. Some 15 s the first time on a machine."""
+    plan = StepPlan((), (DecodeRow(1, 0, 2),), (PrefillChunk(0, 0, 2, 0, True),))
+    step = build(plan, lambda _, start, stop: _tokens(decoder, start, stop), decoder.device)
+    decoder.forward(step, _zeros(decoder, 3))
 
 
 def _draw_once(decoder: Decoder) -> None:

@@ -122,7 +122,7 @@ def run_continuous(run: Run) -> float:
 
     config, place = decoder_config(llama_config(run.shape)), torch.device(run.device)  # type: ignore[arg-type]
     weights = random_weights(config, dtype=torch.bfloat16, device=place)
-    decoder = Decoder(config, weights, device_ops(place), run.max_tokens)
+    decoder = Decoder(config, weights, device_ops(place, torch.bfloat16), run.max_tokens)
     limits = continuous_limits(config, torch.bfloat16, place, run.max_tokens)
     # As build_engine puts it together.
     kv = kv_cache.allocate(config, limits.num_places + 1, torch.bfloat16, place)
@@ -207,15 +207,32 @@ def run_generate(run: Run) -> float:
 
 
 def run_vllm(run: Run) -> float:
+    """As it comes: layers compiled and, on a GPU, captured as graphs before the clock starts."""
+    return time_vllm(run, enforce_eager=False)
+
+
+def run_vllm_eager(run: Run) -> float:
+    return time_vllm(run, enforce_eager=True)
+
+
+def time_vllm(run: Run, enforce_eager: bool) -> float:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as folder:
         llama_config(run.shape).save_pretrained(folder)  # type: ignore[attr-defined]
         rows, limit = run.rows, max(len(row.prompt) + row.num_new_tokens for row in run.rows)
-        llm = LLM(folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", max_model_len=limit)
+        llm = LLM(
+            folder,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=limit,
+            enforce_eager=enforce_eager,
+        )
         prompts = [{"prompt_token_ids": list(row.prompt)} for row in rows]
         # vLLM has no hidden ends: it is told the true lengths, which is an advantage.
         params = [SamplingParams(temperature=0.0, max_tokens=row.num_new_tokens, ignore_eos=True) for row in rows]
+        llm.generate(prompts[:4], [SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)] * 4, use_tqdm=False)
         # It works in processes of its own, whose processor time is not seen from here.
         started_s = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
@@ -227,6 +244,7 @@ ENGINES: dict[str, Callable[[Run], float]] = {
     "padded": run_padded,
     "generate": run_generate,
     "vllm": run_vllm,
+    "vllm-eager": run_vllm_eager,
 }
 
 
@@ -267,7 +285,7 @@ def main() -> None:
         return
     rows = WORKLOADS[arguments.workload](arguments.rows, int(str(SHAPES[arguments.shape]["vocab_size"])))
     num_in, num_out = sum(len(row.prompt) for row in rows), sum(row.num_new_tokens for row in rows)
-    engines = [name for name in arguments.engines if name != "vllm" or importlib.util.find_spec("vllm")]
+    engines = [name for name in arguments.engines if not name.startswith("vllm") or importlib.util.find_spec("vllm")]
     print(
         f"{arguments.workload}: {len(rows)} rows, {num_in:,} tokens in, {num_out:,} out; {arguments.shape}, bfloat16, "
         f"random weights; {arguments.device}, {os.cpu_count()} cores, Python {platform.python_version()}"
@@ -282,7 +300,9 @@ def main() -> None:
                 text=True,
                 check=True,
             )
-            outcome = json.loads(ended.stdout.splitlines()[-1])
+            # vLLM's processes print when they end, too.
+            line = next(line for line in reversed(ended.stdout.splitlines()) if line.startswith('{"seconds"'))
+            outcome = json.loads(line)
             seconds[name].append(outcome["seconds"])
             floors.append(outcome["floor_s"])
             print(f"{name:<12}{outcome['seconds']:>10.1f} s   {outcome['made_with']}", flush=True)

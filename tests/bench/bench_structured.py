@@ -95,7 +95,7 @@ def main() -> None:
     rows: list[BenchRow] = WORKLOADS[arguments.workload](arguments.rows, config.vocab_size)
     max_tokens = max(len(row.prompt) + row.max_new_tokens for row in rows)
     weights = random_weights(config, dtype=torch.bfloat16, device=place)
-    decoder = Decoder(config, weights, device_ops(place), max_tokens)
+    decoder = Decoder(config, weights, device_ops(place, torch.bfloat16), max_tokens)
     limits = continuous_limits(config, torch.bfloat16, place, max_tokens)
     kv = kv_cache.allocate(config, limits.num_places + 1, torch.bfloat16, place)
     on_gpu = place.type == "cuda"

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from batchinfer.engine import kv_cache, step_tensors
+from batchinfer.engine.build import device_ops
 from batchinfer.engine.decoder import Decoder
 from batchinfer.engine.decoder_config import DecoderConfig, decoder_config
 from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.step_plan import Copy, DecodeRow, PrefillChunk, StepPlan
-from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.models.exaone import EXAONE3, KEY_MAPPING, llama_config_values
 from batchinfer.models.loading import load_model
 from tests.tiny import MAX_MODEL_LEN, TINY, VOCAB_SIZE
@@ -147,7 +147,7 @@ def make_world(
     for arena in (kv.keys_LNKD, kv.values_LNKD):
         arena.copy_(100 * torch.randn(arena.shape, generator=generator))
     return World(
-        decoder=Decoder(config, weights, TorchOps(), MAX_MODEL_LEN),
+        decoder=Decoder(config, weights, device_ops(CPU, dtype), MAX_MODEL_LEN),
         reference=load_model(directory, dtype="float32", device="cpu").model,
         kv=kv,
         tokens=[torch.randint(2, VOCAB_SIZE - 1, (n,), generator=generator).tolist() for n in lengths],

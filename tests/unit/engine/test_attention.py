@@ -57,11 +57,9 @@ def naive(
     return torch.stack(outs).float()
 
 
-def arenas(num_kv_heads: int, *, heads_apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def arenas(num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (num_kv_heads, NUM_PLACES, HEAD_DIM) if heads_apart else (NUM_PLACES, num_kv_heads, HEAD_DIM)
-    pair = torch.randn(2, *shape, generator=generator)
-    keys, values = pair.transpose(1, 2) if heads_apart else pair
+    keys, values = torch.randn(2, NUM_PLACES, num_kv_heads, HEAD_DIM, generator=generator)
     return keys, values
 
 
@@ -72,7 +70,7 @@ def tensors(decode: list[DecodeRow], prefill: list[PrefillChunk]) -> StepTensors
 
 @st.composite
 def holders(draw: st.DrawFn) -> list[Holder]:
-    """Sequences one behind the other behind two prefixes, at aligned and at odd places."""
+    """Sequences one behind the other behind two prefixes, some with places of nobody between them."""
     granule = draw(st.sampled_from([32, 16, 4, 1]))
     prefixes = [(0, 0), (0, draw(st.integers(1, 40))), (48, draw(st.integers(1, 40)))]
     offset = 96 + draw(st.integers(0, 3)) * granule
@@ -91,12 +89,12 @@ SHAPES = st.sampled_from([(1, 1), (2, 3), (3, 1)])
 
 
 @settings(max_examples=60, deadline=None)
-@given(holders(), OPTIONS, SHAPES, st.booleans())
+@given(holders(), OPTIONS, SHAPES)
 def test_decode_attention_is_a_softmax_per_row(
-    sequences: list[Holder], options: dict[str, float], shape: tuple[int, int], heads_apart: bool
+    sequences: list[Holder], options: dict[str, float], shape: tuple[int, int]
 ) -> None:
     num_kv_heads, num_groups = shape
-    keys, values = arenas(num_kv_heads, heads_apart=heads_apart)
+    keys, values = arenas(num_kv_heads)
     rows = [DecodeRow(i, h.length - 1, h.offset, *h.prefix) for i, h in enumerate(sequences)]
     q_RHD = torch.randn(len(rows), num_kv_heads * num_groups, HEAD_DIM, generator=torch.Generator().manual_seed(1))
     decode = tensors(rows, []).decode
@@ -114,7 +112,7 @@ def test_prefill_attention_is_a_softmax_per_query(
     sequences: list[Holder], options: dict[str, float], shape: tuple[int, int], choice: st.DataObject
 ) -> None:
     num_kv_heads, num_groups = shape
-    keys, values = arenas(num_kv_heads, heads_apart=True)
+    keys, values = arenas(num_kv_heads)
     chunks = []
     for index, holder in enumerate(sequences[:4]):
         start = choice.draw(st.integers(holder.prefix[1], holder.length - 1))
@@ -136,7 +134,7 @@ def test_prefill_attention_is_a_softmax_per_query(
 @pytest.mark.parametrize("window", [0, 40])
 def test_long_chunks_go_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     monkeypatch.setattr(attention, "_BLOCK_QUERIES", 32)
-    keys, values = arenas(2, heads_apart=True)
+    keys, values = arenas(2)
     step = tensors([], [PrefillChunk(0, 21, 150, 320, False, 16, 21)])
     assert step.chunks is not None
     q_THD = torch.randn(129, 4, HEAD_DIM)
@@ -147,31 +145,15 @@ def test_long_chunks_go_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch, wi
         torch.testing.assert_close(out[row], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_aligned_extents_are_gathered_in_blocks_and_others_place_by_place() -> None:
-    keys, _ = arenas(2, heads_apart=True)
-    together, _ = arenas(2, heads_apart=False)
-
-    def block(arena: torch.Tensor, *offsets: int, window: int = 0) -> int:
-        decode = tensors([DecodeRow(i, 30, offset) for i, offset in enumerate(offsets)], []).decode
-        assert decode is not None
-        return attention.decode_layout(decode, arena, window).block
-
-    assert block(keys, 32, 64, 96) == 32
-    assert block(keys, 16, 48, 96) == 16
-    assert block(keys, 16, 48, 92) == 4
-    assert block(keys, 16, 48, 91) == 1
-    assert block(keys, 32, 64, window=5) == 32
-    assert block(together, 16, 48) == 1
-
-
 def test_a_row_at_the_arenas_end_reads_nothing_behind_it() -> None:
-    """Beside a longer row it is padded, with its own last block."""
-    keys, values = arenas(2, heads_apart=True)
+    """Beside a longer row it is padded, with its own last place."""
+    keys, values = arenas(2)
     ends = [Holder(NUM_PLACES - 32, 32), Holder(0, 63)]
     decode = tensors([DecodeRow(i, h.length - 1, h.offset) for i, h in enumerate(ends)], []).decode
     assert decode is not None
     (batch,) = attention.decode_layout(decode, keys, 0).groups[0].batches
-    assert batch.blocks_Z.tolist() == [0, 1, 31, 31, 32, 33, 63, 63]
+    last = NUM_PLACES - 1
+    assert batch.places_Z.view(2, 2, 64)[0, 1].tolist() == [2 * min(NUM_PLACES - 32 + i, last) for i in range(64)]
     q_RHD = torch.randn(2, 2, HEAD_DIM)
     out = TorchOps().decode_attention(q_RHD, keys, values, decode, SCALE, 0.0, 0)
     for index, holder in enumerate(ends):
@@ -180,7 +162,7 @@ def test_a_row_at_the_arenas_end_reads_nothing_behind_it() -> None:
 
 
 def test_a_window_leaves_hidden_places_out_of_the_gather() -> None:
-    keys, _ = arenas(2, heads_apart=True)
+    keys, _ = arenas(2)
     decode = tensors([DecodeRow(0, 499, 16)], []).decode
     assert decode is not None
     (batch,) = attention.decode_layout(decode, keys, 20).groups[0].batches
@@ -232,7 +214,7 @@ def test_rotation_and_write_put_every_head_in_its_place(columns: int) -> None:
     qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * HEAD_DIM)
     positions, places = torch.tensor([0, 3, 9, 2, 7]), torch.tensor([4, 900, 0, 17, 18])
     angles = torch.arange(16.0)[:, None] * torch.rand(columns // 2)
-    keys, values = arenas(num_kv_heads, heads_apart=True)
+    keys, values = arenas(num_kv_heads)
     untouched = keys.clone()
     q = TorchOps().rope_and_write(
         qkv, angles.cos(), angles.sin(), positions, places, keys, values, num_heads, None, None, 1e-5, True
@@ -251,7 +233,7 @@ def test_rotation_and_write_put_every_head_in_its_place(columns: int) -> None:
 
 def test_query_and_key_norms_come_before_rotation() -> None:
     qkv, weights = torch.randn(3, 4 * HEAD_DIM), torch.rand(2, HEAD_DIM)
-    keys, values = arenas(1, heads_apart=False)
+    keys, values = arenas(1)
     angles = torch.rand(4, HEAD_DIM // 2)
     positions = torch.arange(3)
     arguments = (angles.cos(), angles.sin(), positions, positions, keys, values, 2)
@@ -267,7 +249,7 @@ def test_query_and_key_norms_come_before_rotation() -> None:
 
 def test_without_rotation_queries_and_keys_stay_as_they_are() -> None:
     qkv = torch.randn(3, 4 * HEAD_DIM)
-    keys, values = arenas(1, heads_apart=False)
+    keys, values = arenas(1)
     positions = torch.arange(3)
     table = torch.rand(4, HEAD_DIM // 2)
     q = TorchOps().rope_and_write(qkv, table, table, positions, positions, keys, values, 2, None, None, 1e-5, False)
@@ -283,7 +265,7 @@ def test_gates_multiply_what_goes_up() -> None:
 
 
 def test_copies_read_everything_before_they_write() -> None:
-    keys, values = (torch.stack(arenas(2, heads_apart=True)) for _ in range(2))
+    keys, values = (torch.stack(arenas(2)) for _ in range(2))
     expected = keys.clone()
     sources, targets = torch.arange(0, 20), torch.arange(5, 25)
     expected[:, targets] = keys[:, sources].clone()

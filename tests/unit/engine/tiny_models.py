@@ -17,13 +17,13 @@ from transformers import (
 )
 from transformers.models.exaone_moe import ExaoneMoeConfig
 
+from batchinfer.engine.build import device_ops
 from batchinfer.engine.decoder import Decoder
 from batchinfer.engine.decoder_config import decoder_config
 from batchinfer.engine.decoder_weights import load_weights
 from batchinfer.engine.engine import Generation, Sequence
 from batchinfer.engine.ops import Ops
 from batchinfer.engine.padded import PaddedEngine
-from batchinfer.engine.torch_ops import TorchOps
 from batchinfer.records import Prompt, SamplingParams
 
 VOCAB = 97
@@ -86,7 +86,7 @@ def tiny_decoder(model: PreTrainedModel, directory: Path, ops: Ops | None = None
     config = decoder_config(model.config)
     files = sorted(directory.glob("*.safetensors"))
     weights = load_weights(config, files, dtype=torch.float32, device=torch.device("cpu"))
-    return Decoder(config, weights, ops or TorchOps(), max_positions)
+    return Decoder(config, weights, ops or device_ops(torch.device("cpu"), torch.float32), max_positions)
 
 
 def ragged_prompts(num: int, seed: int = 0, longest: int = 24) -> list[tuple[int, ...]]:
