@@ -28,6 +28,8 @@ def _start_threads() -> int:
     return num_started
 
 
+#: Elements from which on threads are quicker than one: they must meet, and find their data in each other's caches.
+_MIN_SHARED_ELEMENTS = 1 << 16
 #: One thread for each core that the process may use.
 _MAX_WORKERS = _start_threads()
 
@@ -53,7 +55,7 @@ class CpuOps(TorchOps):
             np.float32(eps),
             np.float32(unit_offset),
             _array(normed_TE),
-            _num_workers(len(residual_TE)),
+            _num_workers(residual_TE.numel()),
         )
         return residual_TE, normed_TE
 
@@ -89,7 +91,7 @@ class CpuOps(TorchOps):
             _array(none if k_norm_D is None else k_norm_D),
             np.float32(eps),
             _array(q_THD),
-            _num_workers(num_tokens),
+            _num_workers(qkv_TX.numel()),
         )
         return q_THD
 
@@ -105,6 +107,7 @@ class CpuOps(TorchOps):
     ) -> torch.Tensor:
         """See :class:`batchinfer.engine.ops.Ops`."""
         out_RHD = torch.empty_like(q_RHD)
+        longest = rows.max_length + (rows.groups.max_length if rows.groups is not None else 0)
         kernels_cpu.decode_attention(
             _array(q_RHD),
             _array(keys_NKD),
@@ -117,7 +120,7 @@ class CpuOps(TorchOps):
             np.float32(soft_cap),
             window,
             _array(out_RHD),
-            _num_workers(len(q_RHD) * keys_NKD.shape[1]),
+            _num_workers(q_RHD.numel() * longest),
         )
         return out_RHD
 
@@ -125,7 +128,7 @@ class CpuOps(TorchOps):
         """See :class:`batchinfer.engine.ops.Ops`."""
         num_tokens, size = gate_up_T2F.shape
         out_TF = gate_up_T2F.new_empty(num_tokens, size // 2)
-        _GATED[activation](_array(gate_up_T2F), _array(out_TF), _num_workers(num_tokens))
+        _GATED[activation](_array(gate_up_T2F), _array(out_TF), _num_workers(gate_up_T2F.numel()))
         return out_TF
 
 
@@ -136,8 +139,11 @@ def _array(tensor: torch.Tensor) -> _Array:
     return array
 
 
-def _num_workers(num_parts: int) -> int:
-    """Torch's number of threads, or fewer where there is less to share; numba's next kernel takes as many."""
-    num_workers = max(1, min(torch.get_num_threads(), _MAX_WORKERS, num_parts))
+def _num_workers(num_elements: int) -> int:
+    """Torch's number of threads, or one where there is little to do; numba's next kernel takes as many.
+
+    Nothing between: OpenMP ends the threads that a smaller team does not need, and starts them anew.
+    """
+    num_workers = min(torch.get_num_threads(), _MAX_WORKERS) if num_elements >= _MIN_SHARED_ELEMENTS else 1
     numba.set_num_threads(num_workers)
     return num_workers

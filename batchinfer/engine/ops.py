@@ -1,9 +1,8 @@
-"""What the decoder asks of a device besides matrix products: six functions, in two editions.
+"""What the decoder asks of a device besides matrix products: six functions, in three editions.
 
-``TorchOps`` is plain torch, the fast path on a CPU and the reference everywhere; the Triton kernels have the same
-signatures. Tensor suffixes: T tokens of a step, R decode rows, N places of the KV arena, L layers, H query heads,
-K key/value heads, D head dimension, E hidden size, F inner size of the MLP, X = (H + 2 K) D, P positions, M places
-moved.
+``TorchOps`` is plain torch, the reference everywhere; ``TritonOps`` is for GPUs, ``CpuOps`` for CPUs. Tensor
+suffixes: T tokens of a step, R decode rows, N places of the KV arena, L layers, H query heads, K key/value heads, D
+head dimension, E hidden size, F inner size of the MLP, X = (H + 2 K) D, P positions, M places moved.
 """
 
 from typing import Protocol

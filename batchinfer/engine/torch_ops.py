@@ -1,4 +1,4 @@
-"""The six functions of ``Ops`` in plain torch: the fast path on a CPU, the twin of the kernels everywhere."""
+"""The six functions of ``Ops`` in plain torch: the twin of the kernels, and in their place where they cannot run."""
 
 from dataclasses import dataclass
 

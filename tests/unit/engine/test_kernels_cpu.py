@@ -25,6 +25,9 @@ from tests.unit.engine.kernel_checks import (
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed (pip install -c constraints.txt numba)", allow_module_level=True)
 
+import numba
+
+from batchinfer.engine import cpu_ops
 from batchinfer.engine.build import device_ops
 from batchinfer.engine.cpu_ops import CpuOps
 from batchinfer.engine.step_plan import DecodeRow, StepPlan
@@ -40,11 +43,26 @@ def bench(dtype: torch.dtype = torch.float32, seed: int = 0) -> Bench:
     return Bench(CpuOps(), CPU, dtype, seed)
 
 
+@pytest.fixture(autouse=True)
+def share_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little there is to do, all threads do it."""
+    monkeypatch.setattr(cpu_ops, "_MIN_SHARED_ELEMENTS", 1)
+
+
 @pytest.fixture(params=[1, 2])
 def num_threads(request: pytest.FixtureRequest) -> int:
     """The folder's own fixture puts torch's number back."""
     torch.set_num_threads(request.param)
     return int(request.param)
+
+
+def test_threads_share_what_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_ops, "_MIN_SHARED_ELEMENTS", 1000)
+    torch.set_num_threads(2)
+    CpuOps().silu_mul(torch.ones(4, 200), "silu")
+    assert numba.get_num_threads() == 1
+    CpuOps().silu_mul(torch.ones(5, 200), "silu")
+    assert numba.get_num_threads() == min(2, cpu_ops._MAX_WORKERS)
 
 
 def test_a_cpu_gets_them_for_what_they_can_read() -> None:
