@@ -7,7 +7,9 @@ other's memory and a drifting machine meets all of them. Weights are random in t
 tokens are those up to each row's hidden end; ``generate`` runs batches of 32 in file order to their longest row.
 The share of the floor (``floor.py``) is taken at an H100's rates on a GPU, and on a CPU at those that each engine's
 own process measures beside it. ``--clock cpu`` counts processor time, for a machine that has other work to do.
-Needs torch, transformers and (on a GPU) triton; the rest is the standard library.
+Needs torch, transformers and (on a GPU) triton; the rest is the standard library. On a CPU numba makes the continuous
+engine faster. vLLM is best met in an environment of its own: run this file with its Python and PYTHONPATH=. there.
+What has been measured is in RESULTS.md.
 """
 
 import argparse
@@ -249,7 +251,7 @@ ENGINES: dict[str, Callable[[Run], float]] = {
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One engine, one round; prints as JSON on the last line its seconds and those of the floor."""
+    """One engine, one round; prints as JSON on a line of its own its seconds and those of the floor."""
     import torch
     import transformers
     from floor import H100, floor_s, measured_rates

@@ -74,6 +74,8 @@ OWNERS = {
     "fsspec": ("storage/filesystem.py",),
     "torch": ("engine/", "models/", "cluster/replica.py"),
     "triton": ("engine/",),
+    "numba": ("engine/cpu_ops.py", "engine/kernels_cpu.py"),
+    "llvmlite": ("engine/kernels_cpu.py",),
     "llguidance": ("engine/grammar.py", "grammar_rules.py"),
     "pydantic": ("spec/", "job_file.py", "job_problems.py", "prompts/"),
     "opentelemetry": ("tracing/otel.py",),
@@ -149,7 +151,7 @@ def test_engine_and_models_need_no_ray_and_no_pydantic(path: Path) -> None:
         allowed |= {"gguf", "accelerate"}
     if place(path) == "engine/grammar.py":
         allowed |= {"llguidance"}
-    if place(path) in ("engine/cpu_ops.py", "engine/kernels_cpu.py"):
+    if place(path) in OWNERS["numba"]:
         allowed |= {"numba", "llvmlite"}
     foreign = {name.split(".")[0] for name in imports(path)} - allowed - set(sys.stdlib_module_names)
     assert not foreign
