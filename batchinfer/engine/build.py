@@ -179,8 +179,12 @@ def device_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         from batchinfer.engine.triton_ops import TritonOps
 
         return TritonOps.of(device)
-    if dtype in (torch.float32, torch.bfloat16) and importlib.util.find_spec("numba") is not None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        return TorchOps()
+    try:
+        # Imports numba, which may be missing, or refuse a numpy newer than itself.
         from batchinfer.engine.cpu_ops import CpuOps
-
-        return CpuOps()
-    return TorchOps()
+    except ImportError as error:
+        logger.warning("plain torch computes what lies between the matrix products, more slowly: %s", error)
+        return TorchOps()
+    return CpuOps()

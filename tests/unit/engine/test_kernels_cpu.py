@@ -71,9 +71,14 @@ def test_a_cpu_gets_them_for_what_they_can_read() -> None:
     assert type(device_ops(CPU, torch.float16)) is TorchOps
 
 
-def test_without_numba_it_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_without_numba_it_is_plain_torch_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "batchinfer.engine.cpu_ops")
     assert type(device_ops(CPU, torch.float32)) is TorchOps
+    assert "plain torch" in caplog.text
+    assert "numba" in caplog.text
 
 
 @pytest.mark.usefixtures("num_threads")
