@@ -169,7 +169,7 @@ def continuous_limits(
         fitting = kv_cache.num_places(config, dtype, device, reserved_bytes=reserved, min_places=max_model_len)
         # More than every row at its longest can never be used.
         places = min(fitting, rows * max_model_len)
-    return Limits(num_places=places, max_rows=rows, max_step_tokens=step_tokens, granule=kv_cache.GRANULE)
+    return Limits(num_places=places, max_rows=rows, max_step_tokens=step_tokens)
 
 
 def device_ops(device: torch.device, dtype: torch.dtype) -> Ops:

@@ -16,6 +16,8 @@ G = H / K, N places, P positions, C places that a row sees.
 # Kernels are numba's language, not Python: their parameters have no Python types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg, var-annotated, attr-defined"
 
+from functools import partial
+
 import numpy as np
 from llvmlite import ir
 from numba import config, njit, prange, types
@@ -36,8 +38,8 @@ def _can_cache() -> bool:
 #: What a compiler may not do by itself: sum in another order (into vector lanes) and fuse a product into a sum.
 #: NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-_part = njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=_can_cache())
-_kernel = njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=_can_cache(), parallel=True)
+_compiled = partial(njit, nogil=True, fastmath=_FAST, error_model="numpy", cache=_can_cache())
+_part, _kernel = _compiled(), _compiled(parallel=True)
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 #: Of the exponential of numbers below it float32 has no normal number.
@@ -231,6 +233,15 @@ def gelu_tanh_mul(gate_up_T2F, out_TF, num_workers):
 
 
 @_part
+def _widen_four(run_CKD, c, k, wide_4D):
+    """One head of the places ``c .. c + 3`` as float32."""
+    for i in range(4):
+        one_D = run_CKD[c + i, k]
+        for d in range(len(one_D)):
+            wide_4D[i, d] = _wide(one_D[d])
+
+
+@_part
 def _score(q_HD, keys_CKD, first_head, stop_head, group, wide_4D, scores_HC):
     """Scores of one row's queries, in float32, over a run of places."""
     num, _, head_dim = keys_CKD.shape
@@ -238,10 +249,7 @@ def _score(q_HD, keys_CKD, first_head, stop_head, group, wide_4D, scores_HC):
     # Four keys at a time: each query is read once for them.
     for c in range(0, full, 4):
         for k in range(first_head, stop_head):
-            for i in range(4):
-                key_D = keys_CKD[c + i, k]
-                for d in range(head_dim):
-                    wide_4D[i, d] = _wide(key_D[d])
+            _widen_four(keys_CKD, c, k, wide_4D)
             for h in range(k * group, (k + 1) * group):
                 score_0, score_1, score_2, score_3 = _ZERO, _ZERO, _ZERO, _ZERO
                 for d in range(head_dim):
@@ -289,10 +297,7 @@ def _mix(weights_HC, values_CKD, first_head, stop_head, group, wide_4D, sums_HD)
     full = num // 4 * 4
     for c in range(0, full, 4):
         for k in range(first_head, stop_head):
-            for i in range(4):
-                value_D = values_CKD[c + i, k]
-                for d in range(head_dim):
-                    wide_4D[i, d] = _wide(value_D[d])
+            _widen_four(values_CKD, c, k, wide_4D)
             for h in range(k * group, (k + 1) * group):
                 weight_0, weight_1 = weights_HC[h, c], weights_HC[h, c + 1]
                 weight_2, weight_3 = weights_HC[h, c + 2], weights_HC[h, c + 3]
@@ -347,6 +352,7 @@ def decode_attention(
     """One query per row over its prefix, then its own places (``Ops.decode_attention``)."""
     num_rows, num_heads, head_dim = q_RHD.shape
     num_kv = keys_NKD.shape[1]
+    group = num_heads // num_kv
     # Where there are fewer rows than workers, a row's heads are shared out, too.
     num_parts = num_kv if num_rows < num_workers else 1
     num_columns = (lengths_R + prefix_lengths_R).max()
@@ -360,8 +366,8 @@ def decode_attention(
         for part in range(worker, num_rows * num_parts, num_workers):
             r = part // num_parts
             first_head = part % num_parts
-            heads = (first_head, first_head + num_kv // num_parts, num_heads // num_kv)
-            for h in range(num_heads):
+            stop_head = first_head + num_kv // num_parts
+            for h in range(first_head * group, stop_head * group):
                 for d in range(head_dim):
                     q_HD[h, d] = _wide(q_RHD[r, h, d]) * scale
             # Places that the window hides: of the prefix first, then of the row's own.
@@ -376,7 +382,7 @@ def decode_attention(
                 values_NKD[prefix],
                 keys_NKD[own],
                 values_NKD[own],
-                heads,
+                (first_head, stop_head, group),
                 soft_cap,
                 scratch,
                 out_RHD[r],

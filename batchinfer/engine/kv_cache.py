@@ -11,7 +11,6 @@ from batchinfer.engine.decoder_config import DecoderConfig
 from batchinfer.errors import ModelError
 
 __all__ = [
-    "GRANULE",
     "KvCache",
     "activation_bytes",
     "allocate",
@@ -25,8 +24,6 @@ __all__ = [
 #: Share of the free memory that the cache and a step's activations may take. A GPU is the replica's alone; what is
 #: left there covers the allocator's fragments and the libraries' workspaces. A host has other work to do.
 _SHARE = {"cpu": 0.4, "cuda": 0.92}
-#: What the capacities of extents are multiples of.
-GRANULE = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from transformers import Exaone4Config, Gemma2Config, LlamaConfig, PreTrainedConfig
 
-from batchinfer.engine import kernels_attention, kernels_elementwise, kernels_sampling
+from batchinfer.engine import kernels_attention, kernels_elementwise, kernels_sampling, kv_cache
 from batchinfer.engine.decoder import Decoder
 from batchinfer.engine.decoder_config import decoder_config
 from batchinfer.engine.decoder_weights import random_weights
 from batchinfer.engine.kernel_shapes import DeviceLimits
-from batchinfer.engine.kv_cache import KvCache
 from batchinfer.engine.step_plan import Copy, DecodeRow, PrefillChunk, StepPlan
 from batchinfer.engine.step_tensors import build
 from batchinfer.engine.torch_ops import TorchOps
@@ -261,8 +260,7 @@ def test_a_model_gives_the_same_logits_through_the_kernels(config: PreTrainedCon
     ]
     logits: list[list[torch.Tensor]] = []
     for ops in (MANY, TorchOps()):
-        # As on a GPU; on a CPU an arena is laid out otherwise.
-        kv = KvCache(*torch.zeros(2, facts.num_layers, 96, facts.num_kv_heads, facts.head_dim))
+        kv = kv_cache.allocate(facts, 96, torch.float32, cpu)
         decoder = Decoder(facts, weights, ops, 64)
         steps = (build(plan, lambda who, start, stop: [who + at for at in range(start, stop)], cpu) for plan in plans)
         logits.append([decoder.forward(step, kv) for step in steps])
