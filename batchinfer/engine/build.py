@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,24 @@ def check_kernels(decoder: Decoder, plain: Decoder, max_model_len: int) -> None:
     logger.info("kernels are right on %s: logits within %.2g of plain torch's", decoder.device, distance)
 
 
+def _with_its_kernels(decoder: Decoder, plain: Decoder) -> Decoder:
+    """The CPU's decoder once its kernels are compiled; its plain twin where their cache cannot be read or written."""
+    started_s = time.monotonic()
+    try:
+        compile_kernels(decoder)
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        # A full disk, or a file that a lost machine left torn: numba trusts what it finds.
+        logger.warning(
+            "plain torch computes what lies between the matrix products, more slowly: numba's cache of its kernels "
+            "fails (%s: %s); delete it, or name another folder in NUMBA_CACHE_DIR",
+            type(error).__name__,
+            error,
+        )
+        return plain
+    logger.info("kernels are ready after %.1f s", time.monotonic() - started_s)
+    return decoder
+
+
 def _lacking(device: torch.device) -> str | None:
     """What the device's kernels need and this installation lacks."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -126,12 +145,11 @@ def _continuous(
     config, dtype, device = decoder_config(facts.config), DTYPES[dtype_name], torch.device(device_name)
     weights = load_weights(config, facts.weight_files, dtype=dtype, device=device, key_mapping=facts.key_mapping)
     decoder = Decoder(config, weights, device_ops(device, dtype), facts.max_model_len)
+    plain = Decoder(config, weights, TorchOps(), facts.max_model_len)
     if device.type == "cuda":
-        check_kernels(decoder, Decoder(config, weights, TorchOps(), facts.max_model_len), facts.max_model_len)
+        check_kernels(decoder, plain, facts.max_model_len)
     else:
-        started_s = time.monotonic()
-        compile_kernels(decoder)
-        logger.info("kernels are ready after %.1f s", time.monotonic() - started_s)
+        decoder = _with_its_kernels(decoder, plain)
     limits = continuous_limits(config, dtype, device, facts.max_model_len, max_rows, max_places)
     # One place more than the scheduler knows of: padding rows of graphs write there.
     kv = kv_cache.allocate(config, limits.num_places + 1, dtype, device)
