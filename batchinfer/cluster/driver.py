@@ -16,7 +16,7 @@ from batchinfer.cluster.interruption import Interruption
 from batchinfer.cluster.lease_keeper import LeaseKeeper
 from batchinfer.cluster.metrics_export import exported
 from batchinfer.cluster.prepare import Preparation, compare_with_output, prepare
-from batchinfer.cluster.ray_cluster import connected, head_address
+from batchinfer.cluster.ray_cluster import await_head, connected, head_address
 from batchinfer.cluster.replica_spans import traced
 from batchinfer.cluster.result import JobResult, job_result
 from batchinfer.cluster.run_limits import RunLimits
@@ -103,7 +103,10 @@ def drive(
         head = stack.enter_context(HeadWatch())
         if preparation.pending:
             with interruption.breaking_off():
-                stack.enter_context(connected(spec.cluster))
+                await_head(spec.cluster)
+            # Not to be broken off: what Ray has begun to start it must come to know, or it does not end it.
+            stack.enter_context(connected(spec.cluster))
+            interruption.check()
             if (address := head_address()) is not None:
                 head.watch(address)
             if spec.telemetry.metrics:

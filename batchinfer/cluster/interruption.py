@@ -73,10 +73,6 @@ class Interruption:
                 yield
         except _BrokenOff:
             pass
-        except SystemExit:
-            # Ray's own handler, in place while Ray starts, raises it; the other thread is about to know of the signal.
-            if not self._stop.wait(1.0):
-                raise
         finally:
             self._breaks_off = False
         self.check()

@@ -4,9 +4,7 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import ray
 import ray._private.ray_constants
 import ray._private.state
+import ray._private.utils
 import ray.exceptions
 import ray.util.client
 
@@ -28,6 +27,32 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20
 #: How long the cluster's head may take to answer, one that is just starting too. Ray itself tries for minutes.
 CONNECT_TIMEOUT_S = 15.0
+
+
+def await_head(cluster: ClusterSpec) -> None:
+    """Return once something accepts connections where :func:`connected` is to join, or at once if none is to be joined.
+
+    Raises:
+        ClusterLost: nothing does so in :data:`CONNECT_TIMEOUT_S`.
+    """
+    address = cluster.address
+    if address is None or ray.is_initialized():
+        return
+    logger.info("joining the Ray cluster at %s", redact(address))
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    until_s = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until_s:
+                raise _lost(cluster, f"nothing accepts connections there: {error}") from error
+        time.sleep(0.5)
 
 
 @contextlib.contextmanager
@@ -48,15 +73,12 @@ def connected(cluster: ClusterSpec) -> Iterator[None]:
     # When a connection breaks Ray waits so long for word of how the actor ended, then calls it unavailable. That of a
     # lost machine comes after its health checks (3 s each, 5 of them), and clears the units that the machine held.
     os.environ.setdefault("RAY_timeout_ms_task_wait_for_death_info", "30000")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        _start_or_join(cluster)
-        if threading.current_thread() is threading.main_thread():
-            # Ray has put its own handler there, which ends the process before it can say how to go on.
-            signal.signal(signal.SIGTERM, on_sigterm)
+        with _signals_left_to_the_run():
+            _start_or_join(cluster)
         yield
     finally:
-        # Also where a signal has broken off the start: half a connection would be taken for the user's own.
+        # Also where the start has failed: half a connection would be taken for the user's own.
         ray.shutdown()
 
 
@@ -76,15 +98,16 @@ def _start_or_join(cluster: ClusterSpec) -> None:
                     logging_level=logging.ERROR,
                 )
         else:
-            logger.info("joining the Ray cluster at %s", redact(cluster.address))
-            _await_head(cluster.address)
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterLost(
-            f"cluster.address {redact(cluster.address or 'null (in this process)')}: Ray does not answer "
-            f"({redact(str(error))}); "
-            "check the address with `ray status`, and RAY_AUTH_TOKEN if the cluster asks for a token, then run again"
-        ) from error
+        raise _lost(cluster, str(error)) from error
+
+
+def _lost(cluster: ClusterSpec, why: str) -> ClusterLost:
+    return ClusterLost(
+        f"cluster.address {redact(cluster.address or 'null (in this process)')}: Ray does not answer ({redact(why)}); "
+        "check the address with `ray status`, and RAY_AUTH_TOKEN if the cluster asks for a token, then run again"
+    )
 
 
 @contextlib.contextmanager
@@ -102,25 +125,23 @@ def _on_loopback() -> Iterator[None]:
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _await_head(address: str) -> None:
-    """Return once something accepts connections at ``address``, or at once where that cannot be told.
+@contextlib.contextmanager
+def _signals_left_to_the_run() -> Iterator[None]:
+    """Leave SIGTERM to the run while Ray starts in the block, and after it.
 
-    Raises ConnectionError after :data:`CONNECT_TIMEOUT_S`.
+    Ray has two handlers for it. The one in Python exits out of whatever line the signal meets; a Ray that is left
+    half-way through its start leaves processes behind, for a minute in which nobody ends them. The one in C++ calls
+    the handler that it has replaced and aborts the process 3 s later, in the middle of its drain
+    (https://github.com/ray-project/ray/pull/64830).
     """
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", address)
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return
-    until_s = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-            return
-        except OSError as error:
-            if time.monotonic() > until_s:
-                raise ConnectionError(f"nothing accepts connections there: {error}") from error
-        time.sleep(0.5)
+    constants, utils = ray._private.ray_constants, ray._private.utils
+    before = utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    utils.set_sigterm_handler = lambda handler: None
+    constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
 
 
 def _cpus_to_offer(cluster: ClusterSpec) -> int:

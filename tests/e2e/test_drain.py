@@ -98,7 +98,7 @@ def command_of(job_file: Path, *, planning_s: float = 0.0) -> list[str]:
 
 @pytest.mark.parametrize(
     ("moment", "planning_s", "start_s"),
-    [("planning", 60.0, 0.0), ("starting Ray", 0.0, 0.0), ("loading", 0.0, 60.0)],
+    [("planning", 60.0, 0.0), ("raylet", 0.0, 0.0), ("ray::Replica", 0.0, 60.0)],
 )
 def test_a_signal_before_anything_is_generated_leaves_nothing(
     tmp_path: Path, model: Path, moment: str, planning_s: float, start_s: float
@@ -111,32 +111,35 @@ def test_a_signal_before_anything_is_generated_leaves_nothing(
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         everything = psutil.Process(process.pid)
-        if moment == "loading":
-            wait_for(
-                lambda: any("ray::Replica" in command_line(child) for child in everything.children(recursive=True))
+        wait_for(
+            lambda: (
+                moment in (tmp_path / "log").read_text()
+                or any(moment in command_line(child) for child in everything.children(recursive=True))
             )
+        )
+        if moment == "ray::Replica":
             assert listening_beyond_this_machine([everything, *everything.children(recursive=True)]) == []
-        else:
-            wait_for(lambda: moment in (tmp_path / "log").read_text())
-        children = everything.children(recursive=True)
         asked_s = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE_S) == 3, (tmp_path / "log").read_text()
-        assert time.monotonic() - asked_s < EXIT_S
+        # What Ray starts after the signal counts too.
+        children = set(everything.children(recursive=True))
+        while process.poll() is None:
+            assert time.monotonic() - asked_s < EXIT_S, (tmp_path / "log").read_text()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children.update(everything.children(recursive=True))
+            time.sleep(0.02)
+        assert process.returncode == 3, (tmp_path / "log").read_text()
     finally:
         process.kill()
     written = (tmp_path / "log").read_text()
     assert "run the same command again" in written
     assert "Traceback" not in written
     assert not (tmp_path / "out").exists()
-    wait_for(lambda: ended(children))
+    # Ray's agents, left alone, last a minute; after the deadline nobody is there to end them.
+    wait_for(lambda: ended(list(children)), patience_s=PATIENCE_S if "something hangs" in written else 20.0)
 
 
-@pytest.mark.parametrize(
-    ("num_signals", "exit_s"),
-    [pytest.param(1, EXIT_S, marks=pytest.mark.slow), (2, 4.0)],
-    ids=["deadline", "second-signal"],
-)
+@pytest.mark.parametrize(("num_signals", "exit_s"), [(1, EXIT_S), (2, 4.0)], ids=["deadline", "second-signal"])
 def test_a_replica_that_hangs_cannot_hold_the_run(
     tmp_path: Path, exaone: Path, num_signals: int, exit_s: float
 ) -> None:
@@ -159,8 +162,8 @@ def test_a_replica_that_hangs_cannot_hold_the_run(
     wait_for(lambda: ended([replica]))
 
 
-def wait_for(happened: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + PATIENCE_S
+def wait_for(happened: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    until_s = time.monotonic() + patience_s
     while not happened():
         assert time.monotonic() < until_s, "it never happened"
         time.sleep(0.02)
