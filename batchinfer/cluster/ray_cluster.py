@@ -59,6 +59,8 @@ def await_head(cluster: ClusterSpec) -> None:
 def connected(cluster: ClusterSpec) -> Iterator[None]:
     """A connection to Ray: the one this process has, else one of its own that ends with the block.
 
+    For minutes Ray tries an address where nobody answers, and no signal breaks it off: call :func:`await_head` first.
+
     Raises:
         ClusterLost: no cluster answers at ``cluster.address``, or Ray cannot be started here.
     """
@@ -129,7 +131,7 @@ def _on_loopback() -> Iterator[None]:
 def _signals_left_to_the_run() -> Iterator[None]:
     """Leave SIGTERM to the run while Ray starts in the block, and after it.
 
-    Ray has two handlers for it. The one in Python exits out of whatever line the signal meets; a Ray that is left
+    Ray has handlers of its own. Those in Python exit out of whatever line the signal meets; a Ray that is left
     half-way through its start leaves processes behind, for a minute in which nobody ends them. The one in C++ calls
     the handler that it has replaced and aborts the process 3 s later, in the middle of its drain
     (https://github.com/ray-project/ray/pull/64830).
